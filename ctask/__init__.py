@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ctask: run commands on many machines at once over SSH; gather, react, wait on futures."""
+
+from ctask import closing as _closing  # registers the end of the interpreter
+from ctask.buffers import Output
+from ctask.errors import (
+    Aborted,
+    AlreadyRunningError,
+    AuthError,
+    AuthRejected,
+    AuthTimeout,
+    BannerError,
+    CommandError,
+    CommandFailed,
+    CommandTimeout,
+    ConnectError,
+    ConnectionLost,
+    ConnectRefused,
+    ConnectTimeout,
+    CtaskError,
+    ExecRefused,
+    HandlerError,
+    HandshakeError,
+    HandshakeTimeout,
+    HostKeyError,
+    HostKeyMismatch,
+    HostKeyRevoked,
+    JobsFailed,
+    LocalResource,
+    NoCredentials,
+    NodeError,
+    NodeNameError,
+    NodeSetError,
+    OptionError,
+    ResolveError,
+    SessionError,
+    SessionRefused,
+    SessionTimeout,
+    TaskError,
+    TaskTimeout,
+    UnknownHostKey,
+    UsageError,
+    WrongThread,
+)
+from ctask.future import Future, as_completed, wait
+from ctask.handler import Callbacks, EventHandler
+from ctask.nodes import NodeSet
+from ctask.result import Attempt, Group, NodeResult, Timings
+from ctask.states import Outcome
+from ctask.task import Task, task_self
+from ctask.worker import Worker
+
+__version__ = "0.1.0"
+
+del _closing
+
+__all__ = [  # noqa: RUF022 (grouped as people look for them)
+    # the task
+    "Task",
+    "task_self",
+    "Worker",
+    # futures
+    "Future",
+    "wait",
+    "as_completed",
+    # events
+    "EventHandler",
+    "Callbacks",
+    # results
+    "NodeResult",
+    "Outcome",
+    "Output",
+    "Group",
+    "Attempt",
+    "Timings",
+    # node sets
+    "NodeSet",
+    # errors, as the tree in ctask.errors has them
+    "CtaskError",
+    "UsageError",
+    "NodeSetError",
+    "NodeNameError",
+    "CommandError",
+    "OptionError",
+    "NodeError",
+    "ConnectError",
+    "ResolveError",
+    "ConnectRefused",
+    "ConnectTimeout",
+    "BannerError",
+    "HandshakeError",
+    "HandshakeTimeout",
+    "HostKeyError",
+    "UnknownHostKey",
+    "HostKeyMismatch",
+    "HostKeyRevoked",
+    "AuthError",
+    "AuthRejected",
+    "AuthTimeout",
+    "NoCredentials",
+    "SessionError",
+    "SessionRefused",
+    "SessionTimeout",
+    "ExecRefused",
+    "ConnectionLost",
+    "CommandTimeout",
+    "LocalResource",
+    "CommandFailed",
+    "Aborted",
+    "JobsFailed",
+    "TaskError",
+    "AlreadyRunningError",
+    "TaskTimeout",
+    "WrongThread",
+    "HandlerError",
+]

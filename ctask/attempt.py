@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one attempt of a job has of its own: the inbox that its session pushes into, and its clock while it connects.
+
+`Inbox` is the sink of the Protocol: its methods run in the connection's thread, collect, and post once when the
+socket runs dry; its stamps are read by the dispatcher. `ConnectClock` is the dispatcher's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ctask.dispatcher import Deadline, Dispatcher
+from ctask.errors import NodeError
+from ctask.mailbox import Gate
+from ctask.transports.base import Session
+
+if TYPE_CHECKING:
+    from ctask.job import Job
+
+__all__ = ["ConnectClock", "Inbox"]
+
+
+class Inbox:
+    """The sink of one attempt. Connection's thread; the stamps are read by the dispatcher."""
+
+    __slots__ = (
+        "_box",
+        "_gate",
+        "_job",
+        "_size",
+        "_tell",
+        "_told",
+        "end",
+        "exec_at",
+        "first_at",
+        "over",
+        "running_at",
+        "status",
+    )
+
+    def __init__(self, job: Job, gate: Gate, *, tell: bool) -> None:
+        self._job = job
+        self._gate = gate
+        self._box: list[tuple[int, bytes]] = []
+        self._size = 0
+        # Whether the dispatcher wants to hear at once that the command runs.
+        self._tell = tell
+        self._told = True
+        self.exec_at: float | None = None
+        self.running_at: float | None = None
+        self.first_at: float | None = None
+        #: (exit status, name of signal), as soon as it is known
+        self.status: tuple[int | None, str | None] | None = None
+        self.over = False
+        self.end: NodeError | None = None
+
+    def tell(self) -> None:
+        """Post at once when the command runs. Dispatcher, which looks at `running_at` after it."""
+        self._tell = True
+
+    def phase(self, name: str) -> None:
+        """See `Sink`."""
+        if name == "exec":
+            self.exec_at = time.monotonic()
+        elif name == "running":
+            self.running_at = time.monotonic()
+            self._told = self._told and not self._tell
+
+    def data(self, stream: int, chunk: bytes) -> None:
+        """See `Sink`."""
+        if self.first_at is None:
+            self.first_at = time.monotonic()
+        self._box.append((stream, chunk))
+        self._size += len(chunk)
+
+    def exited(self, status: int | None, signal: str | None) -> None:
+        """See `Sink`."""
+        self.status = (status, signal)
+        self._told = False
+
+    def ended(self, error: NodeError | None) -> None:
+        """See `Sink`."""
+        self.end = error
+        self.over = True
+        self._told = False
+
+    def flush(self) -> None:
+        """See `Sink`."""
+        box, size = self._box, self._size
+        if not box and self._told:
+            return
+        self._told = True
+        self._box, self._size = [], 0
+        if box:
+            self._gate.posted(size)
+        job = self._job
+        # What is known at this moment goes along: when the dispatcher comes to it, more may have been posted.
+        job.run.post(job, job.arrived, self, box, size, self.status is not None, self.over)
+
+    def may(self, session: Session) -> bool:
+        """See `Sink`."""
+        return self._gate.ask(session)
+
+    def writable(self) -> None:
+        """See `Sink`."""
+        job = self._job
+        job.run.post(job, job.writable, self)
+
+
+class ConnectClock:
+    """The `connect_timeout` of one job: runs from its joining, and stands while the job waits for its turn."""
+
+    __slots__ = ("_deadline", "_dispatcher", "_expired", "_job", "_left", "_since")
+
+    def __init__(self, job: Job, dispatcher: Dispatcher, limit: float | None) -> None:
+        self._job = job
+        self._dispatcher = dispatcher
+        self._left = limit
+        self._since: float | None = None
+        self._deadline: Deadline | None = None
+
+    def run(self, now: float) -> None:
+        """Go on; running already is fine."""
+        if self._left is not None and self._since is None:
+            self._since = now
+            self._deadline = self._dispatcher.at(now + self._left, self._job, self._job.not_answered)
+
+    def pause(self, now: float) -> None:
+        """Stand; standing already is fine."""
+        if self._since is not None and self._left is not None:
+            self._left = max(0.0, self._left - (now - self._since))
+        self._since = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ctask run`: one command on many nodes, from a request to an exit status.
+
+Runs in the main thread, which owns the task: the lines of nodes are written by handlers, and signals end the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from ctask import Output, Task, task_self
+from ctask.cli.arguments import Request
+from ctask.cli.feed import Feeder, unread
+from ctask.cli.progress import Progress
+from ctask.cli.terminal import Terminal, TerminalLog
+from ctask.display import account, escape, gathered
+from ctask.errors import OptionError, UnknownHostKey
+from ctask.worker import Worker
+
+__all__ = ["run"]
+
+#: The handlers that a program has which knows nothing of these signals.
+_UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the program to end; `status` is what a shell says of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+def run(request: Request, terminal: Terminal) -> int:
+    """Run a command as asked, tell how it went, and return the exit status.
+
+    Raises:
+        UsageError: it cannot be right; nothing was sent.
+        SystemExit: standard output cannot be written to any more; what ran was ended.
+    """
+    if request.stdin and sys.stdin is None:
+        raise OptionError("--stdin: standard input is closed")
+    raise_descriptor_limit()
+    log = TerminalLog(terminal)
+    logger = logging.getLogger("ctask")
+    logger.addHandler(log)
+    try:
+        return _Run(request, terminal, task_self()).status()
+    finally:
+        logger.removeHandler(log)
+
+
+class _Run:
+    """One command, its worker, and who has said something."""
+
+    def __init__(self, request: Request, terminal: Terminal, task: Task) -> None:
+        self._request = request
+        self._terminal = terminal
+        self._task = task
+        self._printed: set[str] = set()
+        self._missing_told = False
+        self._worker = self._schedule()
+
+    def _schedule(self) -> Worker:
+        request = self._request
+        if request.fanout is not None:
+            self._task.set_info("fanout", request.fanout)
+        # What is shown as it comes need not be kept; what is gathered is read when all is over.
+        worker = self._task.shell(
+            request.command,
+            nodes=request.nodes,
+            expect=request.expect,
+            stdin=request.stdin,
+            gather=request.gather,
+            stderr=not request.gather,
+            **request.options,
+        )
+        return worker if request.gather else worker.on("read", self._show)
+
+    def _show(self, worker: Worker, node: str, sname: str, line: Output) -> None:
+        """Write one line of a node."""
+        self._printed.add(node)
+        write = self._terminal.err if sname == "stderr" else self._terminal.out
+        write(f"{node}: {escape(line, raw=self._request.raw)}\n")
+
+    def status(self) -> int:
+        """Run it to its end, tell of it, and return the exit status."""
+        if self._request.options.get("host_key_policy") == "insecure-ignore":
+            nodes = self._worker.nodes
+            self._terminal.say(f"ctask: host keys of {nodes} are NOT verified: StrictHostKeyChecking no (-o)")
+        ended = self._wait()
+        if self._request.gather:
+            for group in self._worker.groups():
+                if group.output:
+                    self._terminal.out(gathered([group], raw=self._request.raw) + "\n")
+        status = ended.status if ended is not None else self._exit_status()
+        self._tell(status)
+        return status
+
+    def _wait(self) -> Interrupted | None:
+        """Wait until every node has its outcome; return what ended the run before."""
+        with _signals(self._tell_missing), Progress(self._worker, self._terminal):
+            if self._request.stdin:
+                Feeder(self._worker, self._terminal).start()
+            try:
+                self._task.resume()
+            except Interrupted as interrupted:
+                return interrupted
+        return None
+
+    def _tell_missing(self) -> None:
+        """Say who has not ended, once; in a signal handler, before anything is ended."""
+        missing = self._worker.pending
+        if missing and not self._missing_told:
+            self._missing_told = True
+            self._terminal.say(f"ctask: interrupted, without {missing} ({len(missing)} of {len(self._worker)})")
+
+    def _exit_status(self) -> int:
+        if not self._request.max_status:
+            return self._worker.exit_code()
+        results = [job.result for job in self._worker.jobs]
+        return max(255 if result is None or result.rc is None else result.rc for result in results)
+
+    def _tell(self, status: int) -> None:
+        """Tell how it went, unless there is nothing to tell and nobody who looks on."""
+        terminal, worker = self._terminal, self._worker
+        if not (self._request.stdin or self._request.hush_stdin) and (what := unread()):
+            terminal.say(f"ctask: standard input is {what} that was not read; --stdin sends it to the nodes")
+        printed = None if self._request.gather else self._printed
+        text = account(worker, prefix="ctask: ", notes=True, repeat="ctask -w", printed=printed)
+        if "\n" in text or status or terminal.watched:
+            terminal.say(text)
+        results = [job.result for job in worker.jobs]
+        if any(result is not None and isinstance(result.error, UnknownHostKey) for result in results):
+            terminal.say(
+                "ctask: compare unknown host keys with what the nodes' consoles show; to add them then:\n"
+                "         ctask -o StrictHostKeyChecking=accept-new …"
+            )
+        if status:
+            terminal.say(f"ctask: exit {status}")
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: connections are files. Programs keep what they have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # "unlimited" can be more than the kernel takes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _signals(tell: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C, TERM and a hang-up end the run, while the block lasts; who ignores them goes on to (`nohup`)."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        tell()
+        raise Interrupted(number)
+
+    taken = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) in _UNTOUCHED]
+    before = {one: signal.signal(one, interrupt) for one in taken}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

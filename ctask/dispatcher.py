@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dispatcher: one thread per task, through which everything that happens to its jobs passes, one at a time.
+
+It takes posts from one queue, and deadlines from one heap; after each batch it asks the plan what is to be done and
+carries that out. It never waits: not for a node, nor for a lock under which anybody sends, waits or calls out.
+What it calls (jobs, connections in the making) is handed to it; it knows none of their rooms.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+__all__ = ["Deadline", "Dispatcher", "Subject"]
+
+log = logging.getLogger("ctask.dispatcher")
+
+#: Posts that are carried out between two looks at deadlines and plan: a flood of one node must not hold up either.
+BATCH = 200
+
+
+class Subject(Protocol):
+    """Whom a post or a deadline is for."""
+
+    def broken(self, error: Exception) -> None:
+        """Carrying it out raised: end with that error."""
+
+
+class Deadline:
+    """A call at a time; `cancel()` it in the dispatcher."""
+
+    __slots__ = ("_heap", "args", "call", "subject", "when")
+
+    def __init__(
+        self, heap: _Heap, when: float, subject: Subject | None, call: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
+        self._heap = heap
+        self.when = when
+        self.subject = subject
+        self.call: Callable[..., object] | None = call
+        self.args = args
+
+    def cancel(self) -> None:
+        """Forget the call; doing it twice, or after it was made, is harmless."""
+        if self.call is not None:
+            self.call = None
+            self.subject = None
+            self.args = ()
+            self._heap.cancelled()
+
+
+class _Heap:
+    """Deadlines by time. Cancelled ones stay until they come up, or until they are the most of it."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Deadline]] = []
+        self._count = 0
+        self._dead = 0
+
+    def push(self, deadline: Deadline) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (deadline.when, self._count, deadline))
+
+    def cancelled(self) -> None:
+        self._dead += 1
+        if self._dead > 64 and self._dead * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].call is not None]
+            heapq.heapify(self._heap)
+            self._dead = 0
+
+    def next(self) -> float | None:
+        """Return when the earliest is due."""
+        while self._heap and self._heap[0][2].call is None:
+            heapq.heappop(self._heap)
+            self._dead = max(0, self._dead - 1)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: float) -> Deadline | None:
+        due = self.next()
+        return heapq.heappop(self._heap)[2] if due is not None and due <= now else None
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+class Dispatcher:
+    """The thread and its queue.
+
+    Guarantees: posts are carried out in the order in which they were put, in one thread; a deadline that passes
+    becomes a post, behind those that are queued already, so that an end that was posted first stands. What a
+    carried-out call raises ends its subject; nothing is swallowed.
+
+    Args:
+        name: of the thread.
+        step: asks the plan and carries out its actions; given the time.
+        due: when the plan wants to be asked again though nothing happened.
+        clock: monotonic seconds; the one place where a task takes its time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[float], None],
+        due: Callable[[], float | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # SimpleQueue.put is reentrant: posting is safe in signal handlers and in destructors.
+        self._queue: queue.SimpleQueue[tuple[Subject | None, Callable[..., object], tuple[Any, ...]]]
+        self._queue = queue.SimpleQueue()
+        self._heap = _Heap()
+        self._step = step
+        self._due = due
+        self.clock = clock
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def ident(self) -> int | None:
+        """Identifier of the thread."""
+        return self._thread.ident
+
+    def post(self, subject: Subject | None, call: Callable[..., object], *args: Any) -> None:
+        """Have `call(*args)` carried out. Any thread; never waits."""
+        self._queue.put((subject, call, args))
+
+    def at(self, when: float, subject: Subject | None, call: Callable[..., object], *args: Any) -> Deadline:
+        """Have `call(*args)` carried out at `when` (monotonic seconds). Dispatcher."""
+        deadline = Deadline(self._heap, when, subject, call, args)
+        self._heap.push(deadline)
+        return deadline
+
+    def stop(self) -> None:
+        """End the thread after what is queued. Any thread."""
+        self.post(None, self._stop)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end; return whether it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def alive(self) -> bool:
+        """Whether posts are carried out."""
+        return self._thread.is_alive()
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _run(self) -> None:
+        while not self._stopped:
+            post = self._next()
+            count = 0
+            while post is not None and not self._stopped:
+                self._carry_out(*post)
+                count += 1
+                if count >= BATCH:
+                    break
+                try:
+                    post = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            del post  # what it holds is not to live until the next one
+            now = self.clock()
+            while (deadline := self._heap.pop_due(now)) is not None:
+                self._queue.put((deadline.subject, self._expire, (deadline,)))
+            try:
+                self._step(now)
+            except Exception:
+                log.critical("the plan of %s failed", self._thread.name, exc_info=True)
+
+    def _next(self) -> tuple[Subject | None, Callable[..., object], tuple[Any, ...]] | None:
+        """Wait for a post, at most until something else is due."""
+        times = [when for when in (self._heap.next(), self._due()) if when is not None]
+        try:
+            if not times:
+                return self._queue.get()
+            left = min(times) - self.clock()
+            return self._queue.get(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _expire(self, deadline: Deadline) -> None:
+        call, args = deadline.call, deadline.args
+        if call is not None:  # not cancelled while it stood in the queue
+            deadline.call = None
+            call(*args)
+
+    def _carry_out(self, subject: Subject | None, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            call(*args)
+        except Exception as error:
+            log.error("carrying out %r failed", getattr(call, "__qualname__", call), exc_info=True)
+            if subject is not None:
+                try:
+                    subject.broken(error)
+                except Exception:
+                    log.critical("%r could not be ended", subject, exc_info=True)

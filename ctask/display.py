@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for terminals: what nodes said, made harmless; outputs under their nodes; the account of a run.
+
+Pure functions over what a worker says at the moment; they run in any thread and keep nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ctask.buffers import view
+from ctask.errors import AuthError, BannerError, HandshakeError, HostKeyError, LocalResource, SessionError
+from ctask.gather import Cell, named
+from ctask.result import Group, NodeResult, status_text
+from ctask.states import Outcome
+from ctask.worker import Worker
+
+__all__ = ["account", "escape", "gathered"]
+
+#: What a terminal would act on: colours (SGR), then all controls but newline and tab, the characters that turn
+#: the direction of writing, the line separators of Unicode, and surrogates, which stand for bytes that are no text.
+_UNSAFE = re.compile(
+    r"(?P<colour>(?:\x1b\[|\x9b)[0-9;:]*m)"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_RULE = "-" * 15
+#: Columns are padded up to this width; a longer entry pushes the rest of its own line only.
+_WIDEST = 40
+#: Failures whose texts say more than the fold of them, and are worth a line of their own.
+_EXPLAINED = (HostKeyError, AuthError, BannerError, HandshakeError, SessionError, LocalResource)
+#: `remote_state` of what ctask stopped, in words.
+_STATES = {
+    "gone": "ended: seen to be gone",
+    "alive": "told to end, and still there",
+    "left": "left running",
+    "unknown": "ended: unknown whether it still runs",
+}
+
+
+def escape(text: str | bytes, *, raw: bool = False, colour: Literal["drop", "keep"] = "drop") -> str:
+    r"""Return text that does nothing to a terminal but show; of bytes, as UTF-8.
+
+    Newlines and tabs stay. Colours are dropped; every other control byte and every byte that is no UTF-8 shows as
+    ``\xNN``, characters that turn the direction of writing as ``\u{…}``. What was escaped once stays as it is.
+
+    Args:
+        raw: change nothing; bytes that are no UTF-8 become surrogates, as `surrogateescape` has it, so that
+            encoding with it gives the exact bytes again.
+        colour: `keep` lets colours through.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    if raw or text.isprintable():
+        return text
+    return _UNSAFE.sub(_kept if colour == "keep" else _shown, text)
+
+
+def _kept(match: re.Match[str]) -> str:
+    return match["colour"] or _shown(match)
+
+
+def _shown(match: re.Match[str]) -> str:
+    if match["colour"]:
+        return ""
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{{{code:04x}}}"
+
+
+def gathered(source: Worker | Iterable[Group], *, raw: bool = False) -> str:
+    """Return each distinct output once, under the nodes that printed it and their number, as clush does.
+
+    Nodes stand together if they printed the same *and* ended the same way: half an output that happens to look
+    like a whole one is not mixed with it. Largest first; nodes that printed nothing are left out.
+
+    Args:
+        raw: do not escape what the nodes printed.
+    """
+    groups = source.groups() if isinstance(source, Worker) else source
+    return "\n".join(
+        f"{_RULE}\n{_names(group.nodes)} ({len(group.nodes)})\n{_RULE}\n{escape(group.output, raw=raw)}"
+        for group in groups
+        if group.output
+    )
+
+
+def account(
+    worker: Worker,
+    *,
+    prefix: str = "",
+    notes: bool = False,
+    repeat: str = "",
+    printed: Container[Any] | None = None,
+) -> str:
+    """Return how a run went: one line for the whole, then a row for all that was not a plain success.
+
+    A plain success is an exit status of 0 with output. Every other node stands in exactly one row: what happened,
+    which nodes, and whether it ran there. Node sets are never cut. A worker that has not ended may be asked, too.
+
+    Args:
+        prefix: stands before the first line.
+        notes: add, under its row, what a failure says beyond its name.
+        repeat: what comes before a node set to repeat the command on it; adds a last row with the nodes on which
+            nothing ran.
+        printed: the nodes that printed something, where the worker did not gather it; otherwise silent nodes that
+            exited with 0 are plain successes then.
+    """
+    rows = _rows(worker, printed)
+    not_run = worker.not_run
+    cells = [(row.what, _names(named(row.nodes, worker.remote)), row.about()) for row in rows]
+    if repeat and not_run:
+        cells.append(("safe to repeat:", f"{repeat} {_names(not_run)} …", ""))
+    lines = [prefix + _headline(worker)]
+    for number, text in enumerate(_table(cells)):
+        lines.append(text)
+        if notes and number < len(rows):
+            lines += rows[number].notes()
+    return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Row:
+    """Nodes to which the same happened."""
+
+    what: str
+    detail: str
+    nodes: list[Any] = field(default_factory=list)
+    results: list[NodeResult] = field(default_factory=list)
+
+    def about(self) -> str:
+        """Return the last column. Times differ from node to node, so they are put in here and not folded by."""
+        if not self.results or self.results[0].outcome is not Outcome.SIGNALED:
+            return self.detail
+        spent = [result.timings.get("running", 0.0) + result.timings.get("closing", 0.0) for result in self.results]
+        low, high = f"{min(spent):.1f}", f"{max(spent):.1f}"
+        # Nobody else sends KILL unasked as often as the kernel does when memory runs out.
+        hint = "; OOM?" if self.results[0].signal == "KILL" else ""
+        return f"ran {low} s{hint}" if low == high else f"ran {low} to {high} s{hint}"
+
+    def notes(self) -> list[str]:
+        errors = [result.error for result in self.results]
+        # What the row says already is not said again.
+        texts = [e.reason.removeprefix(e.kind).lstrip(".,;: ") for e in errors if isinstance(e, _EXPLAINED)]
+        distinct = list(dict.fromkeys(_line(text) for text in texts if text))
+        more = f" (and {len(distinct) - 1} more texts like it)" if len(distinct) > 1 else ""
+        return [f"      {text}{more}" for text in distinct[:1]]
+
+
+def _rows(worker: Worker, printed: Container[Any] | None) -> list[_Row]:
+    said = {node: text for (_, _, text), nodes in worker.failures().items() for node in nodes}
+    rows: dict[tuple[int, str, str], _Row] = {}
+    # In the order of the nodes: cells stand in that of their starts.
+    place = {node: number for number, node in enumerate(worker.nodes)}
+    for cell in sorted(worker.cells, key=lambda cell: place[cell.node]):
+        what = _what(cell, said, printed)
+        if what:
+            result = cell.result
+            # By status where there is one; the others in the order of their first nodes.
+            rank = 1000 if result is None else result.rc or 0 if result.outcome is Outcome.EXITED else 999
+            detail = _detail(result) if result is not None else ""
+            row = rows.setdefault((rank, what, detail), _Row(what, detail))
+            row.nodes.append(cell.node)
+            if result is not None:
+                row.results.append(result)
+    return [rows[key] for key in sorted(rows, key=lambda key: key[0])]
+
+
+def _what(cell: Cell, said: dict[Any, str], printed: Container[Any] | None) -> str:
+    """Return what happened to a node; nothing for a plain success."""
+    result = cell.result
+    if result is None:
+        return "not ended"
+    if not result.ok:
+        return _line(said.get(cell.node) or result.why)
+    if result.rc == 0:
+        return "exit 0, no output" if _silent(cell, printed) else ""
+    return status_text(result.outcome, result.rc)
+
+
+def _silent(cell: Cell, printed: Container[Any] | None) -> bool:
+    if printed is not None:
+        return cell.node not in printed
+    capture = cell.capture
+    if capture is None:
+        return False
+    # An empty line is nothing to show either; two bytes can be one.
+    return capture.total <= 2 and not view(capture.get())
+
+
+def _detail(result: NodeResult) -> str:
+    """Return whether it ran, and what became of it."""
+    state = _STATES.get(result.remote_state or "", "")
+    if result.ran is False:
+        return "not run, nothing was sent" if isinstance(result.error, HostKeyError) else "not run"
+    if result.outcome is Outcome.LOST:
+        return f"may have run; {state}" if state else "may have run, and may still run"
+    if result.outcome in (Outcome.TIMEOUT, Outcome.ABORTED):
+        return f"may have run; {state or 'unknown whether it did'}" if result.ran is None else state or "ran"
+    return ""
+
+
+def _headline(worker: Worker) -> str:
+    results = [cell.result for cell in worker.cells]
+    good = sum(result is not None and result.ok for result in results)
+    bad = [result for result in results if result is not None and not result.ok]
+    parts = [f"{good or 'none'} {'exit 0' if worker.ok_codes == {0} else 'ok'}"]
+    if bad:
+        ended = any(result.outcome in (Outcome.EXITED, Outcome.SIGNALED) for result in bad)
+        parts.append(f"{len(bad)} {'not' if ended else 'in trouble'}")
+    left = results.count(None)
+    if left:
+        parts.append(f"{left} not ended")
+    nodes = "1 node" if len(results) == 1 else f"{len(results)} nodes"
+    return f"{nodes} in {worker.elapsed:.1f} s: {' · '.join(parts)}"
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    first = max((len(row[0]) for row in rows if len(row[0]) <= _WIDEST), default=0)
+    second = max((len(row[1]) for row in rows if row[2] and len(row[1]) <= _WIDEST), default=0)
+    return [f"  {what:<{first}}  {nodes:<{second}}  {detail}".rstrip() for what, nodes, detail in rows]
+
+
+def _names(nodes: Any) -> str:
+    """Return a node set folded, or the keys of local commands; a command without a key goes by its text."""
+    if isinstance(nodes, list):
+        return ",".join(_line(node.command if isinstance(node, Worker) else str(node)) for node in nodes)
+    return str(nodes)
+
+
+def _line(text: str) -> str:
+    """Return text escaped for one line."""
+    return escape(text).replace("\n", "\\x0a").replace("\t", "\\x09")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of one task: plan, gate, mailbox, dispatcher and pool put together, and the plan's actions carried out.
+
+Made by the Task in the owner's thread. What is marked so runs in the dispatcher; the rest may be called anywhere and
+never waits, but for `closing`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ctask.dispatcher import Dispatcher
+from ctask.errors import NodeError
+from ctask.job import Job
+from ctask.mailbox import Gate, Mailbox
+from ctask.making import ConnectionMaking
+from ctask.plan import Dial, Join, Plan, Shake, Stage, Start
+from ctask.runtime import Runtime
+from ctask.states import Outcome
+from ctask.transports import transport
+from ctask.transports.base import Connection, Transport
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("ctask.engine")
+
+#: Threads that a task's pool may have; they are started on demand, and the plan bounds what it is handed.
+POOL_THREADS = 1024
+
+
+class Engine:
+    """What turns submitted jobs into results.
+
+    Args:
+        name: of the task; its threads are named after it.
+        fanout: slots.
+        queue_limit: bytes that may wait for handlers while the owner delivers.
+    """
+
+    def __init__(self, name: str, fanout: int, queue_limit: int) -> None:
+        self._name = name
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_lock = threading.Lock()
+        self._closing = False
+        self._over = False
+        self._short_of: Transport | None = None
+        self.gate = Gate(queue_limit, self._give)
+        self.mailbox = Mailbox(self.gate)
+        self.plan: Plan[Job, ConnectionMaking, Connection]
+        self.plan = Plan(fanout, lambda target: ConnectionMaking(self.run, target))
+        self.dispatcher = Dispatcher(f"{name}/dispatcher", self._step, self.plan.due)
+        self.run = Runtime(self.dispatcher, self.plan, self.gate, self.mailbox, self._work, transport)
+        self.dispatcher.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Have jobs run, in their order."""
+        self.dispatcher.post(None, self._submitted, jobs)
+
+    def stop(self, outcome: Outcome, error: NodeError, within: float) -> None:
+        """End every job that was submitted before; each has its outcome after `within` seconds."""
+        self.dispatcher.post(None, self._stop_all, outcome, error, within)
+
+    def set_fanout(self, fanout: int) -> None:
+        """Change the number of slots; what runs goes on."""
+        self.dispatcher.post(None, setattr, self.plan, "fanout", fanout)
+
+    def close(self) -> None:
+        """End the threads once the last job has its outcome; submit nothing any more."""
+        self.dispatcher.post(None, self._close)
+
+    def closing(self, timeout: float) -> bool:
+        """Wait for the dispatcher's end after `close()`; return whether it has ended."""
+        return self.dispatcher.join(timeout)
+
+    # -- dispatcher ----------------------------------------------------------------------------------------------
+
+    def _submitted(self, jobs: Sequence[Job]) -> None:
+        self.run.live.update(jobs)
+        self.plan.submitted(jobs)
+
+    def _stop_all(self, outcome: Outcome, error: NodeError, within: float) -> None:
+        for job in list(self.run.live):
+            job.stop(outcome, error.copy(), within)
+
+    def _close(self) -> None:
+        self._closing = True
+
+    def _step(self, now: float) -> None:
+        for action in self.plan.step(now, self._take, self._reserve):
+            match action:
+                case Start(job, connection):
+                    self._carry_out(job, job.start, connection, now)
+                case Join(job, making):
+                    self._carry_out(job, job.join, making.where, making.stage is Stage.SPOKE, now)
+                case Dial(making):
+                    self._carry_out(making, making.dial)
+                case Shake(making):
+                    self._carry_out(making, making.shake, now)
+        if self._closing and not self.run.live:
+            self._wind_up()
+
+    def _carry_out(self, subject: Job | ConnectionMaking, call: Callable[..., None], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception as error:
+            log.exception("carrying out the plan for %r failed", subject)
+            subject.broken(error)
+
+    def _take(self, job: Job) -> Connection | None:
+        return self.run.transport(job.target.transport).take(job.target)
+
+    def _reserve(self, job: Job) -> bool:
+        way = self.run.transport(job.target.transport)
+        if way.reserve():
+            return True
+        if self._short_of is None:
+            # Told once; the plan is asked again after every post, so that a post is all that is needed then.
+            self._short_of = way
+            way.when_room(lambda: self.dispatcher.post(None, self._roomy))
+        return False
+
+    def _roomy(self) -> None:
+        self._short_of = None
+
+    def _wind_up(self) -> None:
+        with self._pool_lock:
+            self._over = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
+        self.dispatcher.stop()
+
+    # -- the pool ------------------------------------------------------------------------------------------------
+
+    def _give(self, sessions: list[Any]) -> None:
+        def give() -> None:
+            for session in sessions:
+                session.give()
+
+        self._work(give)
+
+    def _work(self, call: Callable[..., None], *args: Any) -> None:
+        """Have a thread of the pool do what may wait."""
+        with self._pool_lock:
+            if self._pool is None and not self._over:
+                self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=f"{self._name}/job")
+            if self._pool is not None:
+                try:
+                    self._pool.submit(_logged, call, args)
+                except RuntimeError:  # the interpreter ends: nothing new is begun
+                    log.debug("%s: not begun, the interpreter ends: %r", self._name, call)
+
+
+def _logged(call: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Carry out a work item; what it raises would be kept in a future that nobody looks at."""
+    try:
+        call(*args)
+    except Exception:
+        log.exception("a work item failed: %r", call)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Future of one node's job: the standard library's, written only by the dispatcher, awaited by anybody.
+
+Where the owner waits on it, the owner's handlers run meanwhile.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from ctask.errors import Aborted
+from ctask.result import NodeResult
+
+__all__ = ["Future", "Waiting", "as_completed", "wait"]
+
+
+class Waiting(Protocol):
+    """The task, as far as waiting for it is concerned."""
+
+    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None:
+        """Wait in the owner, pumping, until `done()`: True; until `until`: False. In other threads: None, at once.
+
+        Raises:
+            WrongThread: in a done-callback.
+        """
+
+
+class Future(concurrent.futures.Future[NodeResult]):
+    """Resolves to the `NodeResult` of a command that ran, whatever its exit status.
+
+    It raises a `NodeError` where the command could not be run to its end.
+
+    `result()` and `exception()` run the task's handlers while the task's own thread waits in them; in other threads,
+    and inside a handler, they wait only; in a done-callback, which runs in the dispatcher, they raise `WrongThread`
+    unless the future is done. The standard library's `wait` and `as_completed` take it, without running handlers.
+    Thread safety: every method may be called in any thread.
+    """
+
+    def __init__(self, task: Waiting, node: Any, cancel: Callable[[], None]) -> None:
+        super().__init__()
+        self.task = task
+        self._ask_cancel = cancel
+        self.node = node
+        #: somebody pumps for it: the dispatcher wakes the owner when it resolves
+        self.watched = False
+
+    def result(self, timeout: float | None = None) -> NodeResult:
+        """Return the result, waiting at most `timeout` seconds.
+
+        Raises:
+            NodeError: the command could not be run to its end; `.result` has what is known.
+            TimeoutError: the time to wait is over; the job goes on.
+        """
+        self._await(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the `NodeError`, or None; waits as `result`."""
+        self._await(timeout)
+        return super().exception(timeout)
+
+    def cancel(self) -> bool:
+        """Ask for the end of the job, also while it runs; return False if it has ended already.
+
+        The future then raises `Aborted`, which is a `CancelledError`; an end that came first stands.
+        """
+        if self.done():
+            return False
+        self._ask_cancel()
+        return True
+
+    def cancelled(self) -> bool:
+        """Whether the job was aborted, by `cancel()` or otherwise."""
+        return self.done() and isinstance(super().exception(0), Aborted)
+
+    def _await(self, timeout: float | None) -> None:
+        if self.done():
+            return
+        self.watched = True
+        if self.task.wait_for(self.done, None if timeout is None else time.monotonic() + timeout) is False:
+            raise TimeoutError(f"{self.node}: not ended within {timeout:g} s; the job goes on")
+
+    def __repr__(self) -> str:
+        if not self.done():
+            return f"<Future {self.node} {'running' if self.running() else 'queued'}>"
+        error = super().exception(0)
+        return f"<Future {self.node} {error!r}>" if error is not None else f"<Future {super().result(0)!r}>"
+
+
+def wait(
+    futures: Iterable[Future],
+    timeout: float | None = None,
+    return_when: str = concurrent.futures.ALL_COMPLETED,
+) -> tuple[set[Future], set[Future]]:
+    """As `concurrent.futures.wait`: return (done, not done); in the task's own thread, handlers run meanwhile.
+
+    Args:
+        futures: of one task.
+    """
+    fs = set(futures)
+    ended = _Ended(fs)
+
+    def enough() -> bool:
+        if return_when == concurrent.futures.FIRST_COMPLETED and ended.futures:
+            return True
+        if return_when == concurrent.futures.FIRST_EXCEPTION and ended.failed:
+            return True
+        return len(ended.futures) == len(fs)
+
+    if fs and ended.wait_for(enough, timeout) is None:
+        concurrent.futures.wait(fs, timeout, return_when)
+    done = {future for future in fs if future.done()}
+    return done, fs - done
+
+
+def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Iterator[Future]:
+    """As `concurrent.futures.as_completed`; in the task's own thread, handlers run meanwhile.
+
+    Args:
+        futures: of one task.
+
+    Raises:
+        TimeoutError: not all have ended `timeout` seconds after the first call of `next()`.
+    """
+    fs = set(futures)
+    ended = _Ended(fs)
+    until = None if timeout is None else time.monotonic() + timeout
+    for count in range(len(fs)):
+        left = None if until is None else max(0.0, until - time.monotonic())
+        waited = ended.wait_for(lambda: bool(ended.futures), left)
+        if waited is None:
+            for other in concurrent.futures.as_completed(fs.difference(ended.given), left):
+                assert isinstance(other, Future)
+                yield other
+            return
+        if not waited:
+            raise TimeoutError(f"{len(fs) - count} jobs have not ended within {timeout:g} s; they go on")
+        future = ended.futures.popleft()
+        ended.given.add(future)
+        yield future
+
+
+class _Ended:
+    """Counts the futures of a set as they end: looking at all of them for each would be quadratic."""
+
+    def __init__(self, futures: set[Future]) -> None:
+        #: appended to by the dispatcher's done-callbacks
+        self.futures: deque[Future] = deque()
+        self.failed = False
+        self.given: set[Future] = set()
+        self._task = next(iter(futures)).task if futures else None
+        for future in futures:
+            future.watched = True
+            future.add_done_callback(self._add)
+
+    def _add(self, future: concurrent.futures.Future[NodeResult]) -> None:
+        assert isinstance(future, Future)
+        self.failed = self.failed or concurrent.futures.Future.exception(future, 0) is not None
+        self.futures.append(future)
+
+    def wait_for(self, done: Callable[[], bool], timeout: float | None) -> bool | None:
+        until = None if timeout is None else time.monotonic() + timeout
+        return self._task.wait_for(done, until) if self._task is not None else True

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What many nodes printed and how they ended, put together: the views that a worker and a task share.
+
+Any thread may look at any time: what runs still shows what is there now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from ctask.buffers import STDERR, STDOUT, Capture, Output, view
+from ctask.errors import JobsFailed
+from ctask.nodes import NodeSet
+from ctask.result import Group, NodeResult
+from ctask.states import Outcome
+
+__all__ = ["Cell", "Gathered", "Source", "exit_code", "fold", "named"]
+
+
+class Cell(Protocol):
+    """One job, as far as its looks are concerned."""
+
+    @property
+    def node(self) -> Any: ...
+    @property
+    def capture(self) -> Capture | None: ...
+    @property
+    def result(self) -> NodeResult | None: ...
+
+
+class Source(Protocol):
+    """One worker, as far as its looks are concerned."""
+
+    @property
+    def cells(self) -> Sequence[Cell]: ...
+    @property
+    def remote(self) -> bool: ...
+    @property
+    def apart(self) -> bool: ...
+
+
+def named(nodes: Iterable[Any], remote: bool) -> Any:
+    """Return a NodeSet of nodes, or a list of the keys of local commands."""
+    return NodeSet.fromlist(nodes) if remote else list(nodes)
+
+
+class _Pile:
+    """Nodes that printed the same: where the first of them stands, one capture to read, and the nodes."""
+
+    __slots__ = ("capture", "first", "nodes", "remote", "source", "stream")
+
+    def __init__(self, first: tuple[int, int], source: Source, capture: Capture, stream: int) -> None:
+        self.first = first
+        self.source = source
+        self.capture = capture
+        self.stream = stream
+        self.remote = source.remote
+        self.nodes: list[Any] = []
+
+    def output(self) -> Output:
+        return view(self.capture.get(self.stream))
+
+
+def _piles(sources: Sequence[Source], errors: bool, match: Container[Any] | None) -> list[_Pile]:
+    """Return what was printed, each distinct output once, largest pile first, then by first node."""
+    piles: dict[object, _Pile] = {}
+    alike = True  # whether equal keys are all that makes equal output
+    for order, source in enumerate(sources):
+        if errors and not source.apart:
+            continue
+        stream = (STDERR if errors else STDOUT) if source.apart else 0
+        alike = alike and (order == 0 or not piles)
+        for place, cell in enumerate(source.cells):
+            capture = cell.capture
+            if capture is None or capture.empty(stream) or (match is not None and cell.node not in match):
+                continue
+            ended = cell.result is not None
+            alike = alike and ended and capture.plain(stream)
+            # A capture that still grows is compared by its bytes of this moment.
+            key: object = (order, *capture.key(stream)) if ended else (order, place)
+            pile = piles.get(key)
+            if pile is None:
+                pile = piles[key] = _Pile((order, place), source, capture, stream)
+            pile.nodes.append(cell.node)
+    found = list(piles.values()) if alike else _merged(piles.values())
+    found.sort(key=lambda pile: (-len(pile.nodes), pile.first))
+    return found
+
+
+def _merged(piles: Iterable[_Pile]) -> list[_Pile]:
+    """Put together what looks the same though its bytes, or its stores, differ."""
+    looks: dict[bytes, _Pile] = {}
+    for pile in piles:
+        digest = hashlib.blake2b(pile.output(), digest_size=32).digest()
+        twin = looks.setdefault(digest, pile)
+        if twin is not pile:
+            twin.nodes.extend(node for node in pile.nodes if node not in set(twin.nodes))
+            twin.remote = twin.remote and pile.remote
+    return list(looks.values())
+
+
+class Gathered:
+    """Results of one or several workers. The names are ClusterShell's.
+
+    Thread safety: every method may be called in any thread, also while commands run.
+    """
+
+    def _sources(self) -> Sequence[Source]:
+        raise NotImplementedError  # pragma: no cover
+
+    def _cells(self, match: Container[Any] | None = None) -> Iterator[tuple[Source, Cell]]:
+        for source in self._sources():
+            for cell in source.cells:
+                if match is None or cell.node in match:
+                    yield source, cell
+
+    def iter_buffers(self, match_keys: object = None) -> Iterator[tuple[Output, Any]]:
+        """Yield (output, nodes) for each distinct output: most nodes first, then by first node.
+
+        Output is without its last newline; nodes are a NodeSet, for local commands a list of keys. Nodes that
+        printed nothing are in none. With `stderr=True` it is standard output alone.
+
+        Args:
+            match_keys: only these nodes: a node set, or anything that has `in`.
+        """
+        for pile in _piles(self._sources(), errors=False, match=_match(match_keys)):
+            yield pile.output(), named(pile.nodes, pile.remote)
+
+    def iter_errors(self, match_keys: object = None) -> Iterator[tuple[Output, Any]]:
+        """As `iter_buffers`, of standard error; of workers with `stderr=True` only."""
+        for pile in _piles(self._sources(), errors=True, match=_match(match_keys)):
+            yield pile.output(), named(pile.nodes, pile.remote)
+
+    def node_buffer(self, node: Any) -> Output:
+        """Return what a node printed, without the last newline; several workers' outputs joined by a newline."""
+        return self._node_output(node, errors=False)
+
+    def node_error(self, node: Any) -> Output:
+        """Return what a node printed on standard error, where that is told apart (`stderr=True`)."""
+        return self._node_output(node, errors=True)
+
+    def _node_output(self, node: Any, *, errors: bool) -> Output:
+        found = []
+        for source, cell in self._cells((node,)):
+            if cell.capture is not None and (source.apart or not errors):
+                stream = (STDERR if errors else STDOUT) if source.apart else 0
+                if not cell.capture.empty(stream):
+                    found.append(view(cell.capture.get(stream)))
+        return found[0] if len(found) == 1 else Output(b"\n".join(found))
+
+    def node_retcode(self, node: Any) -> int:
+        """Return a node's exit status, the largest of several workers'; 255 where it was not reached, or lost.
+
+        Raises:
+            KeyError: no such node, or none of its commands has ended by itself (timeout, abort).
+        """
+        codes = [cell.result.rc for _, cell in self._cells((node,)) if cell.result is not None]
+        known = [code for code in codes if code is not None]
+        if not known:
+            raise KeyError(node)
+        return max(known)
+
+    def iter_retcodes(self, match_keys: object = None) -> Iterator[tuple[int, Any]]:
+        """Yield (exit status, nodes), by status."""
+        found: dict[int, dict[Any, None]] = {}
+        remote = True
+        for source, cell in self._cells(_match(match_keys)):
+            if cell.result is not None and cell.result.rc is not None:
+                remote = remote and source.remote
+                found.setdefault(cell.result.rc, {})[cell.node] = None
+        for code in sorted(found):
+            yield code, named(found[code], remote)
+
+    def max_retcode(self) -> int | None:
+        """Return the largest exit status; None where no command has ended by itself."""
+        return max((code for code, _ in self.iter_retcodes()), default=None)
+
+    def num_timeout(self) -> int:
+        """Return how many jobs timed out."""
+        return sum(1 for _ in self.iter_keys_timeout())
+
+    def iter_keys_timeout(self) -> Iterator[Any]:
+        """Yield the node of each job that timed out."""
+        for _, cell in self._cells():
+            if cell.result is not None and cell.result.outcome is Outcome.TIMEOUT:
+                yield cell.node
+
+    def failures(self) -> dict[tuple[str, str, str], Any]:
+        """Return what went wrong: (phase, error class, text) -> nodes; jobs that have not ended are in none."""
+        found: dict[tuple[str, str, str], dict[Any, None]] = {}
+        remote = True
+        for source, cell in self._cells():
+            result = cell.result
+            if result is not None and not result.ok:
+                remote = remote and source.remote
+                found.setdefault(_failure(result), {})[cell.node] = None
+        return {key: named(nodes, remote) for key, nodes in found.items()}
+
+    def check(self) -> None:
+        """Return if every job has ended well.
+
+        Raises:
+            JobsFailed: the folded failures.
+        """
+        failures = self.failures()
+        if failures:
+            raise JobsFailed(f"{fold(failures)}", failures)
+
+
+def _match(keys: object) -> Container[Any] | None:
+    if keys is None or isinstance(keys, (NodeSet, set, frozenset, dict)):
+        return keys
+    if isinstance(keys, str):
+        return NodeSet(keys)
+    if isinstance(keys, Iterable):
+        return list(keys)
+    if isinstance(keys, Container):
+        return keys
+    raise TypeError(f"match_keys is a node set or a collection of keys, not {keys!r}")
+
+
+def _failure(result: NodeResult) -> tuple[str, str, str]:
+    error = result.error
+    if error is None:
+        return "running", "CommandFailed", result.why or "exit 0, not in ok_codes"
+    return error.phase, type(error).__name__, error.folded()
+
+
+def fold(failures: dict[tuple[str, str, str], Any]) -> str:
+    """Return failures as one line: ``tcp: refused: n[3,9] · exit 1: n17``."""
+    parts = sorted(failures.items(), key=lambda item: -len(item[1]))
+    return " · ".join(f"{text}: {_listed(nodes)}" for (_, _, text), nodes in parts)
+
+
+def _listed(nodes: Any) -> str:
+    return str(nodes) if isinstance(nodes, NodeSet) else ",".join(map(str, nodes))
+
+
+def groups(source: Source) -> list[Group]:
+    """Return every node in exactly one group: same output, status and reason; largest first, by first node."""
+    piles: dict[object, tuple[int, list[Any], Output, Cell]] = {}
+    stream = STDOUT if source.apart else 0
+    looks: dict[object, Output] = {}
+    for place, cell in enumerate(source.cells):
+        result, capture = cell.result, cell.capture
+        if capture is None or capture.empty(stream):
+            output = Output(b"")
+        else:
+            key = capture.key(stream) if result is not None else (place,)
+            if key not in looks:
+                looks[key] = view(capture.get(stream))
+            output = looks[key]
+        end = (result.outcome, result.rc, _failure(result) if not result.ok else ()) if result is not None else None
+        pile = piles.setdefault((end, output), (place, [], output, cell))
+        pile[1].append(cell.node)
+    found = []
+    for _, nodes, output, cell in sorted(piles.values(), key=lambda pile: (-len(pile[1]), pile[0])):
+        result = cell.result
+        why = _failure(result)[2] if result is not None and result.error is not None else ""
+        if result is not None and result.error is None:
+            why = result.why
+        outcome, rc = (result.outcome, result.rc) if result is not None else (None, None)
+        found.append(Group(named(nodes, source.remote), output, rc, outcome, why))
+    return found
+
+
+def exit_code(results: Iterable[NodeResult | None]) -> int:
+    """Return 0: all ok; 1: some exited otherwise, or by a signal; 3: some not run, timed out, lost or not ended."""
+    code = 0
+    for result in results:
+        if result is None or result.outcome not in (Outcome.EXITED, Outcome.SIGNALED):
+            return 3
+        if not result.ok:
+            code = 1
+    return code

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection in the making: dialed by the watcher, shaken hands with by the pool, awaited by jobs.
+
+All methods run in the dispatcher, but for those that say otherwise: these only post.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from ctask.errors import ConnectError, LocalResource, NodeError
+from ctask.options import Target
+from ctask.plan import Making, Stage
+from ctask.runtime import Runtime
+from ctask.transports.base import Connection
+from ctask.transports.watcher import Dial, watcher
+
+if TYPE_CHECKING:
+    from ctask.job import Job  # noqa: F401 (the parameter of the base class)
+
+__all__ = ["ConnectionMaking"]
+
+
+class ConnectionMaking(Making["Job"]):
+    """A connection in the making.
+
+    It has no deadline: each job leaves at its own, and the last one to leave cancels it.
+    """
+
+    def __init__(self, run: Runtime, target: Target) -> None:
+        super().__init__(target)
+        self._run = run
+        self._transport = run.transport(target.transport)
+        self._dial: Dial | None = None
+        self._sock: socket.socket | None = None
+        #: where it is, in the words of `ctask.states.PHASES`; `queued` while it waits for its slot
+        self.where = "queued"
+
+    # -- what the plan says ----------------------------------------------------------------------------------
+
+    def dial(self) -> None:
+        """Begin to connect."""
+        self._dial = watcher().dial(self.target.address, self.target.port, self)
+
+    def shake(self, now: float) -> None:
+        """There is a slot: shake hands."""
+        sock = self._dial.take() if self._dial is not None else None
+        if sock is None:
+            self._hung_up()
+            return
+        self._sock = sock
+        self._enter("banner", now)
+        for job in self.jobs:
+            job.clock.run(now)
+        self._run.work(self._connect, sock)
+
+    def cancel(self) -> None:
+        """Nobody waits any more: break it off. The plan has let go of it."""
+        if self._sock is not None:
+            # The pool's thread is in a read of it, and wakes with an error. Who closes it is that thread.
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the peer was quicker
+        elif self._dial is not None:
+            self._dial.drop()
+            self._transport.unreserve()
+
+    def broken(self, error: Exception) -> None:
+        """Something in here raised: the jobs that wait end with it."""
+        self._failed(LocalResource(f"ctask failed: {error!r}", phase=self.where))
+
+    # -- the watcher's listener: called in the watcher's thread --------------------------------------------------
+
+    def phase(self, name: str) -> None:
+        """The dial has come to `resolve`, `tcp` or `banner`. The handshake says it from the pool's thread."""
+        self._run.post(self, self._enter, name, time.monotonic())
+
+    def spoke(self) -> None:
+        """The server's first byte is there."""
+        self._run.post(self, self._spoke)
+
+    def failed(self, error: NodeError) -> None:
+        """There will be no connection."""
+        self._run.post(self, self._failed, error)
+
+    def hung_up(self) -> None:
+        """The server went away while it waited for its slot."""
+        self._run.post(self, self._hung_up)
+
+    # -- the pool's ------------------------------------------------------------------------------------------
+
+    def _connect(self, sock: socket.socket) -> None:
+        try:
+            connection = self._transport.connect(self.target, sock, self.phase)
+        except NodeError as error:
+            self._run.post(self, self._failed, error)
+        except Exception as error:  # noqa: BLE001 (whose ever it is, it must not leave the jobs waiting)
+            failure = ConnectError(f"the handshake failed: {error!r}", phase=self.where)
+            failure.__cause__ = error
+            self._run.post(self, self._failed, failure)
+        else:
+            self._run.post(self, self._made, connection)
+
+    # -- facts -----------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, now: float) -> None:
+        if self.stage is Stage.OVER or name == self.where:
+            return
+        self.where = name
+        for job in self.jobs:
+            job.timeline.enter(name, now)
+
+    def _spoke(self) -> None:
+        if self.stage is not Stage.DIALING:
+            return
+        now = self._run.dispatcher.clock()
+        self._enter("queued", now)
+        for job in self.jobs:
+            job.clock.pause(now)
+        self._run.plan.spoke(self)
+
+    def _hung_up(self) -> None:
+        if self.stage not in (Stage.SPOKE, Stage.SHAKING):
+            return
+        now = self._run.dispatcher.clock()
+        self._transport.unreserve()
+        for job in self.jobs:
+            job.left_making(now)
+        self._run.plan.hung_up(self)
+
+    def _failed(self, error: NodeError) -> None:
+        if self._sock is None and self.stage is Stage.OVER:
+            return  # dropped while the watcher's word was under way: cancel() has seen to the rest
+        self._transport.unreserve()
+        if self.stage is Stage.OVER:
+            return
+        self._transport.unreachable(self.target, self._run.dispatcher.clock())
+        jobs = list(self.jobs)
+        self._run.plan.over(self)
+        error.phase = error.phase or self.where
+        for number, job in enumerate(jobs):
+            job.not_connected(error if number == 0 else error.copy())
+
+    def _made(self, connection: Connection) -> None:
+        # Also when nobody waits any more: it stands, and the next one may use it.
+        self._transport.keep(connection, alone=any(job.fresh for job in self.jobs))
+        if self.stage is Stage.OVER:
+            return
+        now = self._run.dispatcher.clock()
+        for job in self.jobs:
+            job.left_making(now)
+            job.fresh = False
+        self._run.plan.made(self)

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options: what they are called, what values they take, which of them wins, and the frozen target they make.
+
+The resolver belongs to one Task and is read and written in the callers' threads, before a job exists; what it
+makes (`Target`, `Command`, `JobOptions`) is frozen and may be read anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import pwd
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctask.errors import CommandError, OptionError
+from ctask.nodes import NodeSet
+from ctask.nodes.names import check as check_name
+
+__all__ = ["Command", "JobOptions", "Options", "Target", "command_of", "parse_option", "seconds"]
+
+#: Longest command that a Linux node's kernel takes as one argument (MAX_ARG_STRLEN, with its NUL).
+COMMAND_LIMIT = 131_072
+
+#: Identity files that OpenSSH's client tries when none is named (ssh_config(5), IdentityFile).
+DEFAULT_IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
+#: ssh_config(5): UserKnownHostsFile, then GlobalKnownHostsFile.
+DEFAULT_KNOWN_HOSTS = (
+    "~/.ssh/known_hosts",
+    "~/.ssh/known_hosts2",
+    "/etc/ssh/ssh_known_hosts",
+    "/etc/ssh/ssh_known_hosts2",
+)
+HOST_KEY_POLICIES = ("verify", "accept-new", "insecure-ignore")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Everything that decides how a node is reached; equal targets share connections.
+
+    Attributes:
+        transport: `ssh` or `local`.
+        address: name or IP address to connect to, and to look up in known_hosts.
+        identities: paths of private keys, in the order in which they are offered; missing default ones are skipped.
+        named_identities: whether the caller named them, so that a missing one is an error.
+        known_hosts: paths, the first one is where `accept-new` adds.
+        named_known_hosts: whether the caller named them.
+        host_key_policy: `verify`, `accept-new` or `insecure-ignore`.
+        keep: seconds that an idle connection to it is kept; 0 closes it with its last job.
+    """
+
+    transport: str = "ssh"
+    address: str = ""
+    port: int = 22
+    user: str = ""
+    identities: tuple[str, ...] = ()
+    named_identities: bool = False
+    known_hosts: tuple[str, ...] = ()
+    named_known_hosts: bool = False
+    host_key_policy: str = "verify"
+    keep: float = 60.0
+
+    def where(self) -> str:
+        """Return `address:port`, with brackets around an IPv6 address."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a session runs.
+
+    Attributes:
+        line: for a shell, as bytes.
+        argv: an argument vector in place of `line`; local commands only.
+        stdin: False sends end of file together with the command.
+        pty: with a terminal; merges stderr into stdout, and closing the session hangs up the command.
+    """
+
+    line: bytes = b""
+    argv: tuple[bytes, ...] = ()
+    stdin: bool = False
+    pty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """The limits of one job, in seconds; None is no limit."""
+
+    connect_timeout: float | None = 10.0
+    timeout: float | None = None
+    drain_timeout: float | None = 2.0
+    stop_grace: float = 5.0
+    fresh: bool = False
+
+
+def seconds(name: str, value: object) -> float | None:
+    """Return a time limit; None, 0 and infinity are none.
+
+    Raises:
+        OptionError: negative, NaN, a bool, or no number at all.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{name} is a number of seconds or None, not {value!r}")
+    if math.isnan(value) or value < 0:
+        raise OptionError(f"{name} cannot be {value!r}: say a number of seconds, or None for no limit")
+    return None if value == 0 or math.isinf(value) else float(value)
+
+
+def _duration(name: str, value: object) -> float:
+    """A time that is no limit: 0 means at once."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise OptionError(f"{name} is a number of seconds, 0 or more, not {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        span = f"{least} to {most}" if most is not None else f"{least} or more"
+        raise OptionError(f"{name} is a whole number, {span}, not {value!r}")
+    return value
+
+
+def _positive(name: str, value: object) -> int:
+    return _whole(name, value, 1)
+
+
+def _port(name: str, value: object) -> int:
+    return _whole(name, value, 1, 65_535)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise OptionError(f"{name} is True or False, not {value!r}")
+    return bool(value)
+
+
+def _choice(*choices: str) -> Callable[[str, object], str]:
+    def parse(name: str, value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise OptionError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+        return value
+
+    return parse
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value or value.startswith("-") or not value.isprintable():
+        raise OptionError(f"{name} is a text without control characters and without a leading '-', not {value!r}")
+    return value
+
+
+def _user(name: str, value: object) -> str:
+    # The rule of OpenSSH's ssh_valid_ruser: these characters end up in shells and ProxyCommands elsewhere.
+    text = _text(name, value)
+    if any(c in "'`\";&<>|(){}$\\" or c.isspace() for c in text):
+        raise OptionError(f"{name} has a character that no login name may have: {value!r}")
+    return text
+
+
+def _paths(name: str, value: object) -> tuple[str, ...]:
+    items = [value] if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(items, Iterable):
+        raise OptionError(f"{name} is a path or several, not {value!r}")
+    paths = tuple(os.path.abspath(os.path.expanduser(os.fspath(item))) for item in items)
+    if any("\0" in path for path in paths):
+        raise OptionError(f"{name} has a NUL in a path: {value!r}")
+    return paths
+
+
+def _codes(name: str, value: object) -> frozenset[int]:
+    items = [value] if isinstance(value, int) else value
+    if not isinstance(items, Iterable):
+        raise OptionError(f"{name} is a set of exit statuses, not {value!r}")
+    return frozenset(_whole(name, item, 0, 255) for item in items)
+
+
+_PARSERS: dict[str, Callable[[str, object], Any]] = {
+    # the way to a node
+    "transport": _choice("ssh", "local"),
+    "address": _text,
+    "port": _port,
+    "user": _user,
+    "identity": _paths,
+    "known_hosts": _paths,
+    "host_key_policy": _choice(*HOST_KEY_POLICIES),
+    "keep": _duration,
+    # limits of a job
+    "connect_timeout": seconds,
+    "timeout": seconds,
+    "drain_timeout": seconds,
+    "stop_grace": _duration,
+    "fresh": _flag,
+    # what a worker does with its output and its standard input
+    "pty": _flag,
+    "stderr": _flag,
+    "gather": _flag,
+    "ok_codes": _codes,
+    # of the task alone
+    "fanout": _positive,
+    "queue_limit": _positive,
+    "output_memory": _positive,
+}
+
+#: Options that one node can have of its own.
+NODE_OPTIONS = frozenset(
+    (
+        *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "keep"),
+        *("connect_timeout", "timeout", "drain_timeout", "stop_grace", "fresh"),
+    )
+)
+#: Options that a call of `shell`, `run` or `submit` takes.
+CALL_OPTIONS = NODE_OPTIONS | {"pty", "stderr", "gather", "ok_codes"}
+#: Options of the whole task, for `set_info` and `set_default`.
+TASK_OPTIONS = frozenset(_PARSERS)
+
+#: What ClusterShell calls them.
+_ALIASES = {
+    "ssh_user": "user",
+    "command_timeout": "timeout",
+    "stdout_msgtree": "gather",
+}
+
+_DEFAULTS: dict[str, Any] = {
+    "transport": "ssh",
+    "port": 22,
+    "host_key_policy": "verify",
+    "keep": 60.0,
+    "connect_timeout": 10.0,
+    "timeout": None,
+    "drain_timeout": 2.0,
+    "stop_grace": 5.0,
+    "fresh": False,
+    "pty": False,
+    "stderr": False,
+    "gather": True,
+    "ok_codes": frozenset((0,)),
+    "fanout": 64,
+    "queue_limit": 16 << 20,
+    "output_memory": 512 << 20,
+}
+
+
+def parse_option(name: str, value: object, allowed: frozenset[str] = TASK_OPTIONS) -> tuple[str, Any]:
+    """Return the option's own name (ClusterShell's names are understood) and its checked value.
+
+    Raises:
+        OptionError: no such option here (with the nearest name), or no such value.
+    """
+    own = _ALIASES.get(name, name)
+    if own not in allowed:
+        if own in _PARSERS:
+            raise OptionError(f"{name} is an option of the whole task: task.set_info({name!r}, …)")
+        near = difflib.get_close_matches(name, sorted(allowed), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(allowed))}"
+        raise OptionError(f"no such option: {name!r}; {hint}")
+    return own, _PARSERS[own](name, value)
+
+
+def command_of(command: object, *, remote: bool, stdin: bool, pty: bool) -> Command:
+    """Return what a session runs, checked as far as it can be before anything is sent.
+
+    Args:
+        command: text or bytes for a shell; or a list of words, which a local command runs without a shell and a
+            remote one hands to the node's shell quoted.
+
+    Raises:
+        CommandError: empty, not a command, with a NUL (sshd would drop the whole connection), not encodable, or
+            longer than a node can take.
+    """
+    if isinstance(command, (str, bytes)):
+        line = _encoded(command)
+        if not line.strip():
+            raise CommandError("the command is empty: say what to run")
+        return Command(line=_fitting(line), stdin=stdin, pty=pty)
+    if isinstance(command, (list, tuple)) and command:
+        words = tuple(_encoded(word) for word in command)
+        if not words[0]:
+            raise CommandError("the first word of the command is empty: say which program to run")
+        if remote:
+            return Command(line=_fitting(b" ".join(map(_shell_quoted, words))), stdin=stdin, pty=pty)
+        return Command(argv=tuple(map(_fitting, words)), stdin=stdin, pty=pty)
+    raise CommandError(f"a command is a text, bytes or a list of words, not {command!r}")
+
+
+def _encoded(text: object) -> bytes:
+    if isinstance(text, os.PathLike):
+        text = os.fspath(text)
+    if isinstance(text, str):
+        try:
+            text = text.encode()
+        except UnicodeEncodeError as error:
+            raise CommandError(
+                f"the command has a character that is no text (at {error.start}); give it as bytes"
+            ) from error
+    if not isinstance(text, bytes):
+        raise CommandError(f"a command is made of text or bytes, not {text!r}")
+    if b"\0" in text:
+        raise CommandError(f"the command has a NUL at {text.index(0)}; no shell can be given that: take it out")
+    return text
+
+
+def _fitting(line: bytes) -> bytes:
+    if len(line) >= COMMAND_LIMIT:
+        raise CommandError(
+            f"command is {len(line):,} bytes; the limit is {COMMAND_LIMIT:,}. "
+            "Send it as a script on standard input, or copy it to the nodes first"
+        )
+    return line
+
+
+def _shell_quoted(word: bytes) -> bytes:
+    if word and not word.strip(b"%+,-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"):
+        return word
+    return b"'" + word.replace(b"'", b"'\"'\"'") + b"'"
+
+
+@functools.cache
+def _own_user() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+class Options:
+    """What a task, its nodes and its calls were told; makes targets.
+
+    Which one wins: the call, then `node_options`, then `set_info`, then ctask's own defaults.
+    Not locked: a Task's options are set where its work is submitted.
+    """
+
+    def __init__(self) -> None:
+        self._task: dict[str, Any] = {}
+        self._extra: dict[str, Any] = {}
+        self._nodes: dict[str, dict[str, Any]] = {}
+
+    def set(self, name: str, value: object) -> tuple[str, Any]:
+        """Set an option of the whole task; names that begin with `USER_` are the program's own."""
+        if name.startswith("USER_"):
+            self._extra[name] = value
+            return name, value
+        own, parsed = parse_option(name, value)
+        self._task[own] = parsed
+        return own, parsed
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what the task was told, else ctask's default, else `default`."""
+        if name.startswith("USER_"):
+            return self._extra.get(name, default)
+        own = _ALIASES.get(name, name)
+        if own in self._task:
+            return self._task[own]
+        return _DEFAULTS.get(own, default)
+
+    def set_nodes(self, nodes: NodeSet, options: Mapping[str, object]) -> None:
+        """Set options of single nodes; later calls win, option by option."""
+        parsed = dict(parse_option(name, value, NODE_OPTIONS) for name, value in options.items())
+        for node in nodes:
+            self._nodes[node] = {**self._nodes.get(node, {}), **parsed}
+
+    def call(self, options: Mapping[str, object]) -> Call:
+        """Check the options of one call and return what resolves its nodes."""
+        parsed = dict(parse_option(name, value, CALL_OPTIONS) for name, value in options.items())
+        return Call({**_DEFAULTS, **self._task}, self._nodes, parsed)
+
+
+class Call:
+    """The options of one submitted command; resolves each of its nodes."""
+
+    def __init__(
+        self, task: dict[str, Any], nodes: Mapping[str, dict[str, Any]], call: dict[str, Any]
+    ) -> None:
+        self._task = task
+        self._nodes = nodes
+        self._call = call
+        self._plain = {**task, **call}
+        self._pattern = _target(self._plain)
+        self._limits = _limits(self._plain)
+
+    def get(self, name: str) -> Any:
+        """Return an option of the whole call."""
+        return self._plain[name]
+
+    def resolve(self, node: str) -> tuple[Target, JobOptions]:
+        """Return how `node` is reached and what limits its job.
+
+        Raises:
+            NodeNameError: the name, or the address that stands for it, may not be one.
+        """
+        own = self._nodes.get(node)
+        if own is None:
+            return _at(self._pattern, node, self._plain), self._limits
+        merged = {**self._task, **own, **self._call}
+        return _at(_target(merged), node, merged), _limits(merged)
+
+    def local(self) -> tuple[Target, JobOptions]:
+        """Return the target and limits of a command on this machine."""
+        return Target(transport="local"), self._limits
+
+
+def _target(options: Mapping[str, Any]) -> Target:
+    return Target(
+        transport=options["transport"],
+        port=options["port"],
+        user=options.get("user") or _own_user(),
+        identities=options["identity"] if "identity" in options else _paths("identity", DEFAULT_IDENTITIES),
+        named_identities="identity" in options,
+        known_hosts=options["known_hosts"] if "known_hosts" in options else _paths("known_hosts", DEFAULT_KNOWN_HOSTS),
+        named_known_hosts="known_hosts" in options,
+        host_key_policy=options["host_key_policy"],
+        keep=options["keep"],
+    )
+
+
+def _at(pattern: Target, node: str, options: Mapping[str, Any]) -> Target:
+    address = str(options.get("address", "%h")).replace("%h", node)
+    check_name(address)
+    # Spelled out, since dataclasses.replace costs four times as much, for each of 10,000 nodes.
+    return Target(
+        pattern.transport,
+        address,
+        pattern.port,
+        pattern.user,
+        pattern.identities,
+        pattern.named_identities,
+        pattern.known_hosts,
+        pattern.named_known_hosts,
+        pattern.host_key_policy,
+        pattern.keep,
+    )
+
+
+def _limits(options: Mapping[str, Any]) -> JobOptions:
+    return JobOptions(
+        connect_timeout=options["connect_timeout"],
+        timeout=options["timeout"],
+        drain_timeout=options["drain_timeout"],
+        stop_grace=options["stop_grace"],
+        fresh=options["fresh"],
+    )

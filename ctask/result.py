@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job came to: frozen records, made by the dispatcher, read by anybody.
+
+A `NodeResult` reads its output from the BufferStore when asked, so that a thousand results with the same megabyte
+are one copy; it keeps its own chain of blocks and outlives the run.
+"""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctask.buffers import Capture, Output
+from ctask.errors import CommandFailed, NodeError
+from ctask.nodes import NodeSet
+from ctask.states import Outcome
+
+__all__ = ["Attempt", "Group", "NodeResult", "Timings", "signal_number", "status_text"]
+
+
+class Timings(Mapping[str, float]):
+    """Seconds by phase, which sum to the whole.
+
+    Attributes:
+        first_byte: seconds from the start to the first byte of output; None where none came.
+    """
+
+    __slots__ = ("_spent", "first_byte")
+
+    def __init__(self, spent: Mapping[str, float], first_byte: float | None = None) -> None:
+        self._spent = dict(spent)
+        self.first_byte = first_byte
+
+    def __getitem__(self, phase: str) -> float:
+        return self._spent[phase]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spent)
+
+    def __len__(self) -> int:
+        return len(self._spent)
+
+    @property
+    def total(self) -> float:
+        """Seconds from submission to outcome."""
+        return sum(self._spent.values())
+
+    def __repr__(self) -> str:
+        return "Timings(" + ", ".join(f"{k}={v:.3f}" for k, v in self._spent.items()) + ")"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of a job: the phase in which it ended, the error that ended it or None, and its timings."""
+
+    phase: str
+    error: NodeError | None
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes to which the same happened.
+
+    Attributes:
+        nodes: the nodes.
+        output: what each of them printed, as people see it (without the last newline).
+        rc: exit status; 128 + n after a signal; 255 for UNREACHED and LOST; None for TIMEOUT and ABORTED.
+        outcome: None for nodes whose job has not ended.
+        why: one line for what is not a plain exit, else empty.
+    """
+
+    nodes: NodeSet
+    output: Output
+    rc: int | None
+    outcome: Outcome | None
+    why: str
+
+    def __repr__(self) -> str:
+        said = self.why or status_text(self.outcome, self.rc)
+        return f"<Group {self.nodes} ({len(self.nodes)}) {said}, {len(self.output)} bytes>"
+
+
+class NodeResult:
+    """How one node's job ended, and what the node printed in its last attempt.
+
+    Attributes:
+        node: name of the node, or the key of a local command.
+        outcome: one of `Outcome`.
+        rc: exit status; 128 + n after signal n; 255 for UNREACHED and LOST; None for TIMEOUT and ABORTED.
+        signal: name of the signal that ended the command, without ``SIG``, or None.
+        error: the `NodeError` that ended the job, or None.
+        ran: True: the command ran; False: it was never sent, and is safe to repeat; None: nobody knows.
+        ok: exited with a status in the option `ok_codes`.
+        attempts: an `Attempt` for each try.
+        remote_state: of what ctask stopped: `gone`, `alive`, `left` or `unknown`; None where nothing was stopped.
+        lingering: the command exited, and something that it left behind still held its output open.
+
+    Immutable; safe in any thread.
+    """
+
+    __slots__ = (
+        "_capture",
+        "attempts",
+        "error",
+        "lingering",
+        "node",
+        "ok",
+        "outcome",
+        "ran",
+        "rc",
+        "remote_state",
+        "signal",
+    )
+
+    def __init__(
+        self,
+        *,
+        node: Any,
+        outcome: Outcome,
+        rc: int | None,
+        signal: str | None,
+        error: NodeError | None,
+        ran: bool | None,
+        ok: bool,
+        attempts: tuple[Attempt, ...],
+        capture: Capture | None,
+        remote_state: str | None = None,
+        lingering: bool = False,
+    ) -> None:
+        self.node = node
+        self.outcome = outcome
+        self.rc = rc
+        self.signal = signal
+        self.error = error
+        self.ran = ran
+        self.ok = ok
+        self.attempts = attempts
+        self.remote_state = remote_state
+        self.lingering = lingering
+        self._capture = capture
+
+    @property
+    def stdout(self) -> Output:
+        """The exact bytes of standard output."""
+        return Output(self._capture.stdout() if self._capture is not None else b"")
+
+    @property
+    def stderr(self) -> Output:
+        """The exact bytes of standard error."""
+        return Output(self._capture.stderr() if self._capture is not None else b"")
+
+    @property
+    def output(self) -> Output:
+        """The exact bytes of both, in order of arrival."""
+        return Output(self._capture.output() if self._capture is not None else b"")
+
+    @property
+    def timings(self) -> Timings:
+        """Of the last attempt."""
+        return self.attempts[-1].timings
+
+    @property
+    def phase(self) -> str:
+        """The phase in which the last attempt ended."""
+        return self.attempts[-1].phase
+
+    @property
+    def why(self) -> str:
+        """One line for what was not a plain success, without the node's name; empty for an exit status of 0."""
+        if self.error is not None:
+            return self.error.why()
+        if self.outcome is Outcome.EXITED and self.rc == 0:
+            return ""
+        return status_text(self.outcome, self.rc, self.signal)
+
+    def check(self) -> NodeResult:
+        """Return the result itself if it is ok.
+
+        Raises:
+            NodeError: what ended the job; `CommandFailed` for a status that is not in `ok_codes`, or a signal.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.ok:
+            error = CommandFailed(self.why or "exit 0, which is not in ok_codes", node=self.node, phase="running")
+            error.result = self
+            error.attempts = self.attempts
+            raise error
+        return self
+
+    def __repr__(self) -> str:
+        capture = self._capture
+        sizes = [0 if s is None else s.total for s in (capture.out, capture.err)] if capture is not None else [0, 0]
+        tries = f"{len(self.attempts)} {'try' if len(self.attempts) == 1 else 'tries'}"
+        said = self.why or status_text(self.outcome, self.rc, self.signal)
+        return (
+            f"<NodeResult {self.node} {said}, {sizes[0]} bytes out, {sizes[1]} err, "
+            f"{self.timings.total:.2f} s, {tries}>"
+        )
+
+
+def status_text(outcome: Outcome | None, rc: int | None, signal: str | None = None) -> str:
+    """Return how a command ended, in as few words as possible."""
+    if outcome is None:
+        return "not ended"
+    if outcome is Outcome.EXITED:
+        return f"exit {rc}"
+    if outcome is Outcome.SIGNALED:
+        return f"killed by SIG{signal}" if signal else "killed by a signal"
+    return outcome.lower()
+
+
+def signal_number(name: str) -> int:
+    """Return the number of a signal's name without ``SIG``; 0 for one that this system does not know."""
+    return getattr(signals.Signals.__members__.get(f"SIG{name}"), "value", 0)

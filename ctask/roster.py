@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which workers a task has: scheduled, started, and those of its current run.
+
+The owner begins and ends runs; workers may be added in any thread, by single steps of deques and lists, which are
+atomic.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from ctask.worker import Worker
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """The workers of one task.
+
+    It holds the workers of a run; of what is started while nobody waits on the task it holds what has not ended, and
+    only looks at the rest as long as the program holds it. So a program that submits for a month does not grow.
+    """
+
+    def __init__(self) -> None:
+        self._scheduled: deque[Worker] = deque()
+        self._started: deque[Worker] = deque()
+        self._prune_at = 64
+        self._view: list[weakref.ref[Worker]] = []
+        self._held: list[Worker] = []
+        self._view_over = False
+        #: a run is under way; the owner's
+        self.running = False
+
+    def schedule(self, worker: Worker) -> None:
+        """Keep a worker for the next run."""
+        self._scheduled.append(worker)
+
+    def take_scheduled(self) -> list[Worker]:
+        """Return what was scheduled, and forget it."""
+        taken = []
+        while self._scheduled:
+            taken.append(self._scheduled.popleft())
+        return taken
+
+    def started(self, worker: Worker) -> None:
+        """Add a worker whose jobs begin now; during a run it is a part of it."""
+        if self._view_over and not self.running:
+            self._view, self._held, self._view_over = [], [], False
+        self._prune()
+        self._started.append(worker)
+        self._view.append(weakref.ref(worker))
+        if self.running:
+            self._held.append(worker)
+
+    def begin(self, workers: list[Worker]) -> list[Worker]:
+        """Begin a run of these workers and of what has not ended; return what must be started for it."""
+        unfinished = [worker for worker in self._started if not worker.closed]
+        self._held = unfinished + workers
+        self._view = [weakref.ref(worker) for worker in self._held]
+        self._view_over = False
+        self.running = True
+        self._started = deque(self._held)
+        return workers
+
+    def end(self) -> None:
+        """The run is over; its view stays until the next one, or the next submission."""
+        self.running = False
+        self._view_over = True
+
+    def unfinished(self) -> list[Worker]:
+        """Return what was started and has not ended."""
+        return [worker for worker in self._started if not worker.closed]
+
+    def view(self) -> list[Worker]:
+        """Return the workers of the current run, as far as somebody holds them."""
+        return [worker for ref in self._view if (worker := ref()) is not None]
+
+    def all_closed(self) -> Callable[[], bool]:
+        """Return a test for the end of the run, which also sees what joins it on the way."""
+        held, at = self._held, 0
+
+        def done() -> bool:
+            nonlocal at
+            while at < len(held) and held[at].closed:
+                at += 1
+            return at == len(held)
+
+        return done
+
+    def _prune(self) -> None:
+        """Let go of what has ended, each time that their number has doubled."""
+        if len(self._started) >= self._prune_at:
+            for _ in range(len(self._started)):
+                worker = self._started.popleft()
+                if not worker.closed:
+                    self._started.append(worker)
+            self._view = [ref for ref in self._view if ref() is not None]
+            self._prune_at = max(64, 2 * len(self._started))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the arguments of `shell`, `run` and `submit` to a worker with its jobs; bad input ends here.
+
+Runs in the thread that submits, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctask.buffers import BufferStore, MemoryBudget
+from ctask.errors import CommandError, NodeSetError, OptionError, UsageError
+from ctask.feed import Feed
+from ctask.handler import Handlers
+from ctask.job import Job
+from ctask.nodes import NodeSet, NodesLike
+from ctask.nodes.names import check as check_name
+from ctask.options import Call, Command, Options, Target, command_of
+from ctask.runtime import Runtime
+from ctask.worker import Worker, add_handlers, text_of
+
+__all__ = ["GIVEN_NOT", "MOST_NODES", "CommandLike", "Stdin", "Submitter", "read_once"]
+
+#: More nodes than that in one command are refused by arithmetic, before they are spelled out.
+MOST_NODES = 100_000
+
+#: `nodes` was not given at all: a local command. None is an error.
+GIVEN_NOT: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
+
+_PLACEHOLDER = re.compile(r"%(?:%|\{(\w*)\}|(host|rank|h|n)(?![A-Za-z])|(.?))", re.DOTALL)
+
+#: What a session can run: text or bytes for a shell, or a list of words.
+CommandLike = str | bytes | Sequence[str | bytes | os.PathLike[str]]
+#: What standard input can be; a file object or a function of the node besides.
+Stdin = bool | bytes | str | os.PathLike[str] | Any
+
+
+class Submitter:
+    """Makes the workers of one task."""
+
+    def __init__(self, task: Any, run: Runtime, options: Options, budget: MemoryBudget) -> None:
+        self._task = task
+        self._run = run
+        self._options = options
+        self._budget = budget
+        self._count = 0
+
+    def make(
+        self,
+        command: CommandLike,
+        *,
+        nodes: NodesLike,
+        key: Hashable,
+        handler: object,
+        stdin: Stdin,
+        expect: int | None,
+        allow_empty: bool,
+        arguments: dict[str, object],
+    ) -> Worker:
+        """Return a worker whose jobs wait to be submitted.
+
+        Raises:
+            UsageError: something in it cannot be right.
+        """
+        callbacks = {name: arguments.pop(name) for name in list(arguments) if name.startswith("on_")}
+        call = self._options.call(arguments)
+        handlers = Handlers()
+        add_handlers(handlers, handler, callbacks)
+        remote = nodes is not GIVEN_NOT
+        if remote and key is not None:
+            raise OptionError("key is the label of a local command; a command on nodes has none")
+        names = _names(nodes, expect, allow_empty) if remote else NodeSet()
+        self._count += 1
+        worker = Worker(
+            self._task,
+            self._run,
+            self._count,
+            text_of(command),
+            remote=remote,
+            apart=call.get("stderr"),
+            ok_codes=call.get("ok_codes"),
+            handlers=handlers,
+            store=BufferStore(self._budget) if call.get("gather") else None,
+        )
+        if remote:
+            worker.assign(self._remote_jobs(worker, command, names, call, stdin), names)
+        else:
+            node = worker if key is None else key
+            target, limits = call.local()
+            line = command_of(command, remote=False, stdin=stdin is not False, pty=call.get("pty"))
+            now = self._run.dispatcher.clock()
+            job = Job(self._run, worker, node, target, line, limits, now, _feed(stdin, node))
+            worker.assign([job], [node])
+        return worker
+
+    def _remote_jobs(self, worker: Worker, command: Any, names: NodeSet, call: Call, stdin: Stdin) -> list[Job]:
+        now = self._run.dispatcher.clock()
+        keep_open = stdin is not False
+        pty = call.get("pty")
+        line = command_of(command, remote=True, stdin=keep_open, pty=pty)
+        lines: Callable[[int, str], Command] | None = None
+        checked: set[Target] = set()
+        first: list[Job] = []
+        last: list[Job] = []
+        for rank, node in enumerate(names):
+            target, limits = call.resolve(node)
+            if target.transport == "local":
+                lines = lines or _per_node(command, len(names), stdin=keep_open, pty=pty)
+                job = Job(
+                    self._run, worker, node, Target("local"), lines(rank, node), limits, now, _feed(stdin, node)
+                )
+                first.append(job)
+                continue
+            transport = self._run.transport(target.transport)
+            # What is checked of a target is the same for all that differ in their address only.
+            sort = dataclasses.replace(target, address="", port=22)
+            if sort not in checked:
+                transport.check(target)
+                checked.add(sort)
+            job = Job(self._run, worker, node, target, line, limits, now, _feed(stdin, node))
+            (last if transport.shunned(target, now) else first).append(job)
+        return first + last
+
+
+def _names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet:
+    if nodes is None:
+        raise UsageError("nodes=None: say which nodes; leave nodes out to run the command on this machine")
+    if isinstance(nodes, (str, NodeSet)):
+        found = NodeSet(nodes)
+    elif isinstance(nodes, Iterable):
+        found = NodeSet.fromlist(nodes)
+    else:
+        raise UsageError(f"nodes is a node set or names of nodes, not {nodes!r}")
+    count = len(found)
+    if not count and not allow_empty:
+        raise UsageError(f"the node set is empty ({nodes!r}): nothing was run; allow_empty=True if it may be")
+    if count > MOST_NODES:
+        raise NodeSetError(str(nodes)[:80], None, f"{count:,} nodes are more than {MOST_NODES:,}; submit it in parts")
+    if expect is not None and count != expect:
+        raise UsageError(f"expected {expect} nodes, and there are {count}: {found}. Nothing was run")
+    for node in found:
+        check_name(node)
+    return found
+
+
+def _per_node(command: Any, count: int, *, stdin: bool, pty: bool) -> Callable[[int, str], Command]:
+    """Return what makes the local command of one node: %h its name, %n its rank, %% a percent sign."""
+    plain = command_of(command, remote=False, stdin=stdin, pty=pty)
+    words = [word.decode("utf-8", "surrogateescape") for word in (plain.argv or (plain.line,))]
+    seen = any("h" in (match[2] or match[1] or "")[:1] for word in words for match in _PLACEHOLDER.finditer(word))
+    if count > 1 and not seen:
+        raise CommandError(
+            f"this command does not name the node (%h) and would run {count} times on this machine. "
+            'Did you mean to leave out transport="local"?'
+        )
+
+    def make(rank: int, node: str) -> Command:
+        def value(match: re.Match[str]) -> str:
+            name = match[1] if match[1] is not None else match[2]
+            if match[0] == "%%":
+                return "%"
+            if name in ("h", "host"):
+                return node
+            if name in ("n", "rank"):
+                return str(rank)
+            raise CommandError(f"{match[0]!r} is no placeholder of a local command (%h, %n); use %% for a '%'")
+
+        filled = tuple(_PLACEHOLDER.sub(value, word).encode("utf-8", "surrogateescape") for word in words)
+        if plain.argv:
+            return Command(argv=filled, stdin=stdin, pty=pty)
+        return Command(line=filled[0], stdin=stdin, pty=pty)
+
+    return make
+
+
+def _feed(stdin: Stdin, node: Any) -> Feed | None:
+    """Return what feeds one job's standard input; None where it is closed from the start."""
+    if callable(stdin):
+        stdin = stdin(node)
+    if stdin is False or stdin is None:
+        return None
+    feed = Feed()
+    if stdin is True:
+        return feed
+    if isinstance(stdin, (bytes, bytearray, memoryview)):
+        feed.put(bytes(stdin))
+    elif isinstance(stdin, (str, os.PathLike)):
+        path = Path(stdin)
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise OptionError(f"stdin={str(path)!r} is not a file that can be read")
+        feed.put(path)
+    else:
+        raise OptionError(f"stdin is True, False, bytes, a path, a file or a function of the node, not {stdin!r}")
+    feed.end()
+    return feed
+
+
+def read_once(stdin: Stdin) -> Stdin:
+    """Return the bytes of a file object, which many jobs cannot share; anything else as it is.
+
+    Raises:
+        OptionError: a file object that gives text that cannot be encoded.
+    """
+    if stdin is None:
+        raise OptionError("stdin is True, False, bytes, a path, a file or a function of the node, not None")
+    read = getattr(stdin, "read", None)
+    if read is None:
+        return stdin
+    data = read()
+    return data.encode() if isinstance(data, str) else data

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Task: the object of one thread, with its dispatcher, its pool, its mailbox and the workers of its run.
+
+Its public methods may be called in any thread; those that wait pump in the owner's only. Which workers are whose is
+the roster's; `_asked` and `_unfinished` are between a task with a thread of its own and the threads that ask it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, overload
+
+from ctask import gather
+from ctask.buffers import MemoryBudget
+from ctask.engine import Engine
+from ctask.errors import (
+    Aborted,
+    AlreadyRunningError,
+    CommandTimeout,
+    HandlerError,
+    NodeError,
+    OptionError,
+    TaskError,
+    TaskTimeout,
+    WrongThread,
+)
+from ctask.job import ABORT_WITHIN
+from ctask.nodes import NodeSet, NodesLike
+from ctask.options import Options, seconds
+from ctask.roster import Roster
+from ctask.states import Outcome
+from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, read_once
+from ctask.transports import transport
+from ctask.worker import Worker
+
+__all__ = ["Task", "task_self"]
+
+log = logging.getLogger("ctask.task")
+
+#: Seconds after which everything has its outcome when a run's deadline has passed, or after Ctrl-C.
+PROMPT_WITHIN = 1.0
+
+_numbers = itertools.count(1)
+_local = threading.local()
+_tasks: weakref.WeakSet[Task] = weakref.WeakSet()
+
+
+def task_self() -> Task:
+    """Return the task of the calling thread, made at the first call."""
+    task: Task | None = getattr(_local, "task", None)
+    if task is None:
+        task = _local.task = Task(_thread=threading.current_thread())
+        # The thread's end drops what is local to it: then the task ends what still runs, and its threads.
+        _local.sentinel = sentinel = _Sentinel()
+        weakref.finalize(sentinel, task.close).atexit = False
+    return task
+
+
+class _Sentinel:
+    """Lives as long as a thread."""
+
+
+class Task(gather.Gathered):
+    """Runs commands on many nodes, for the thread that it belongs to; `task_self()` returns it.
+
+    `Task()` makes one with a thread of its own: `run()` and `resume()` then return at once, and `join()` waits.
+    Results are those of the current run: of the workers that `resume()` or `run()` began or took in.
+
+    Attributes:
+        thread: the thread that owns it: handlers run there.
+    """
+
+    def __init__(self, *, _thread: threading.Thread | None = None) -> None:
+        self._number = next(_numbers)
+        self._name = f"ctask-{self._number}"
+        self._options = Options()
+        self._budget = MemoryBudget(self._options.get("output_memory"))
+        self._engine = Engine(self._name, self._options.get("fanout"), self._options.get("queue_limit"))
+        self._mailbox = self._engine.mailbox
+        self._submitter = Submitter(self, self._engine.run, self._options, self._budget)
+        self._roster = Roster()
+        self._closed = False
+        # Runs that other threads have asked a thread of our own for, and how many of them are over.
+        self._asked: deque[tuple[float | None, list[Worker]]] = deque()
+        self._unfinished = 0
+        self._idle = threading.Condition()
+        self._own = _thread is None
+        _tasks.add(self)
+        self.thread = _thread or threading.Thread(target=self._serve, name=self._name, daemon=True)
+        if self._own:
+            self.thread.start()
+
+    # -- options ---------------------------------------------------------------------------------------------
+
+    def info(self, name: str, default: Any = None) -> Any:
+        """Return an option of the task: what was set, else ctask's default, else `default`."""
+        return self._options.get(name, default)
+
+    def set_info(self, name: str, value: Any) -> None:
+        """Set an option of the task: `fanout`, the timeouts, `user`, `identity` and so on.
+
+        Names that begin with `USER_` are the program's own. Takes effect for what is submitted from now on; the
+        fan-out at once.
+
+        Raises:
+            OptionError: no such option, or no such value.
+        """
+        own, parsed = self._options.set(name, value)
+        if own == "fanout":
+            self._engine.set_fanout(parsed)
+        elif own == "queue_limit":
+            self._engine.gate.limit = parsed
+        elif own == "output_memory":
+            self._budget.limit = parsed
+
+    #: ClusterShell keeps two tables; here they are one.
+    default = info
+    set_default = set_info
+
+    def node_options(self, nodes: NodesLike, **options: object) -> None:
+        """Set options of single nodes; later calls win, option by option, and an option of a call wins over it.
+
+        Args:
+            nodes: a node set, or names.
+            options: `user port address identity known_hosts host_key_policy connect_timeout timeout
+                drain_timeout stop_grace keep fresh transport`.
+
+        Raises:
+            OptionError: no such option of a node, or no such value.
+        """
+        chosen = NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
+        self._options.set_nodes(chosen, options)
+
+    # -- submitting ------------------------------------------------------------------------------------------
+
+    def shell(
+        self,
+        command: CommandLike,
+        *,
+        nodes: NodesLike = GIVEN_NOT,
+        key: Hashable = None,
+        handler: object = None,
+        stdin: Stdin = True,
+        expect: int | None = None,
+        allow_empty: bool = False,
+        **options: object,
+    ) -> Worker:
+        """Schedule a command; `resume()` runs it. While a run is under way it starts at once, as a part of it.
+
+        Args:
+            command: text or bytes for a shell, or a list of words.
+            nodes: a node set, or names; left out altogether, the command is a local one.
+            key: label of a local command.
+            handler: an object with `ev_…` methods; functions go as `on_read=…`, see `Callbacks`.
+            stdin: True: open until `set_write_eof()`; False: at its end from the start; or bytes, a path, a file
+                object (read now), a function of the node that returns one of these.
+            expect: refuse any other number of nodes.
+            allow_empty: an empty node set is no error.
+            options: of this call; they win over `node_options` and `set_info`.
+
+        Raises:
+            UsageError: something in it cannot be right; nothing was sent.
+        """
+        worker = self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
+        if self._roster.running:
+            self._start(worker)
+        else:
+            self._roster.schedule(worker)
+        return worker
+
+    def submit(
+        self,
+        command: CommandLike,
+        *,
+        nodes: NodesLike = GIVEN_NOT,
+        key: Hashable = None,
+        handler: object = None,
+        stdin: Stdin = False,
+        expect: int | None = None,
+        allow_empty: bool = False,
+        **options: object,
+    ) -> Worker:
+        """Start a command at once, whether anybody pumps or not; arguments as for `shell`.
+
+        Standard input is closed unless it is asked for. Never waits.
+        """
+        worker = self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
+        self._start(worker)
+        return worker
+
+    @overload
+    def run(self, command: None = None, *, deadline: float | None = None, timeout: float | None = None) -> None: ...
+    @overload
+    def run(
+        self, command: CommandLike, *, deadline: float | None = None, check: bool = False, **arguments: Any
+    ) -> Worker: ...
+    def run(
+        self,
+        command: CommandLike | None = None,
+        *,
+        deadline: float | None = None,
+        check: bool = False,
+        **arguments: Any,
+    ) -> Worker | None:
+        """Schedule a command, if one is given, and run all that is scheduled: `shell()` and `resume()`.
+
+        Args:
+            deadline: seconds for the whole run.
+            check: raise `JobsFailed` at the end if a job of this command was not ok.
+            arguments: as for `shell`; `timeout` is of the command, without one it is the deadline.
+
+        Raises:
+            UsageError: something in it cannot be right; nothing was sent.
+            TaskTimeout: the deadline has passed.
+            HandlerError: handlers raised; the run went on to its end.
+        """
+        if command is None:
+            if "timeout" in arguments:
+                deadline = arguments.pop("timeout")
+            if arguments:
+                raise OptionError(f"without a command there is no {', '.join(arguments)}")
+            self.resume(deadline)
+            return None
+        seconds("deadline", deadline)
+        self._may_run("run")
+        worker = self.shell(command, **arguments)
+        self.resume(deadline)
+        if check:
+            worker.check()
+        return worker
+
+    def _make(
+        self,
+        command: CommandLike,
+        nodes: NodesLike,
+        key: Hashable,
+        handler: object,
+        stdin: Stdin,
+        expect: int | None,
+        allow_empty: bool,
+        options: dict[str, object],
+    ) -> Worker:
+        if self._closed:
+            raise TaskError("this task is closed: its thread has ended, or the interpreter ends")
+        return self._submitter.make(
+            command,
+            nodes=nodes,
+            key=key,
+            handler=handler,
+            stdin=read_once(stdin),
+            expect=expect,
+            allow_empty=allow_empty,
+            arguments=options,
+        )
+
+    def _start(self, worker: Worker) -> None:
+        if worker.jobs:
+            self._roster.started(worker)
+            self._engine.submit(worker.jobs)
+
+    # -- running ---------------------------------------------------------------------------------------------
+
+    def resume(self, deadline: float | None = None) -> None:
+        """Run what is scheduled, and wait for it and for what was submitted and has not ended.
+
+        In another thread than the task's own: start it, wake the owner, and return.
+
+        Args:
+            deadline: seconds after which all that has not ended is ended, with the outcome `TIMEOUT`.
+
+        Raises:
+            TaskTimeout: the deadline has passed; results are kept.
+            HandlerError: handlers raised; the run went on to its end.
+            AlreadyRunningError: inside a handler of this task.
+        """
+        limit = seconds("deadline", deadline)
+        self._may_run("resume")
+        if threading.current_thread() is not self.thread:
+            self._ask(limit)
+            return
+        self._execute(limit, self._roster.take_scheduled())
+
+    def join(self, deadline: float | None = None) -> bool:
+        """Wait until all that was started has ended; its workers are a run as well.
+
+        Returns False when `deadline` seconds have passed before: nothing is ended then.
+        """
+        until = None if (limit := seconds("deadline", deadline)) is None else time.monotonic() + limit
+        if threading.current_thread() is self.thread and not self._mailbox.busy:
+            self._roster.begin([])
+            try:
+                done = self._mailbox.pump(self._roster.all_closed(), until)
+            finally:
+                self._roster.end()
+            self._raise_handler_errors()
+            return done
+        waiting = [future for worker in self._roster.unfinished() for future in worker.futures.values()]
+        waited = self.wait_for(lambda: all(future.done() for future in waiting), until)
+        if waited is not None:
+            return waited
+        with self._idle:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not self._idle.wait_for(lambda: not self._unfinished, left):
+                return False
+        left = None if until is None else max(0.0, until - time.monotonic())
+        return not concurrent.futures.wait(waiting, left).not_done
+
+    def abort(self) -> None:
+        """End all that runs, and all that is scheduled: within 2 s every job has its outcome, `ABORTED`.
+
+        Never waits; safe in any thread, in handlers, and in signal handlers. The task can be used again.
+        """
+        for worker in self._roster.take_scheduled():
+            self._start(worker)
+        self._engine.stop(Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+
+    def _may_run(self, what: str) -> None:
+        if threading.get_ident() == self._engine.dispatcher.ident:
+            raise WrongThread(f"{what}() in a done-callback, which may not wait")
+        if threading.current_thread() is self.thread and (self._mailbox.busy or self._roster.running):
+            raise AlreadyRunningError(
+                f"{what}() inside a handler: this task is already running. Use task.shell() or task.submit() here."
+            )
+
+    def _execute(self, limit: float | None, scheduled: list[Worker]) -> None:
+        """One run. Owner."""
+        until = None if limit is None else time.monotonic() + limit
+        self._mailbox.errors = []
+        for worker in self._roster.begin(scheduled):
+            self._engine.submit(worker.jobs)
+        done = self._roster.all_closed()
+        try:
+            finished = self._mailbox.pump(done, until)
+            if not finished:
+                self._end_run(CommandTimeout(f"deadline of {limit:g} s passed"), Outcome.TIMEOUT, done)
+        except BaseException:
+            # Ctrl-C, or a handler that wants out: everything is ended, and whoever waits for it is told.
+            self._end_run(Aborted("interrupted"), Outcome.ABORTED, done)
+            raise
+        finally:
+            self._roster.end()
+        if not finished:
+            late = TaskTimeout(f"the run's deadline of {limit:g} s has passed; results so far are kept")
+            raise late from self._handler_errors()
+        self._raise_handler_errors()
+
+    def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool]) -> None:
+        self._engine.stop(outcome, error, PROMPT_WITHIN)
+        self._mailbox.pump(done, time.monotonic() + PROMPT_WITHIN)
+
+    def _handler_errors(self) -> HandlerError | None:
+        raised, self._mailbox.errors = self._mailbox.errors, []
+        return HandlerError("handlers raised; the run went on to its end", raised) if raised else None
+
+    def _raise_handler_errors(self) -> None:
+        error = self._handler_errors()
+        if error is not None:
+            raise error
+
+    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None:
+        """See `ctask.future.Waiting`."""
+        if threading.get_ident() == self._engine.dispatcher.ident:
+            raise WrongThread("this would wait in a done-callback, which runs in the dispatcher")
+        if threading.current_thread() is not self.thread:
+            return None
+        return self._mailbox.pump(done, until)
+
+    # -- a thread of its own ---------------------------------------------------------------------------------
+
+    def _ask(self, limit: float | None) -> None:
+        if not self._own:
+            for worker in self._roster.take_scheduled():
+                self._start(worker)
+            self._mailbox.notify()
+            return
+        with self._idle:
+            self._unfinished += 1
+        self._asked.append((limit, self._roster.take_scheduled()))
+        self._mailbox.notify()
+
+    def _serve(self) -> None:
+        """The life of a thread of our own: run what it is asked to run."""
+        _local.task = self
+        while not self._closed:
+            self._mailbox.pump(lambda: bool(self._asked) or self._closed)
+            while self._asked and not self._closed:
+                limit, scheduled = self._asked.popleft()
+                try:
+                    self._execute(limit, scheduled)
+                except Exception:
+                    log.exception("a run of %s ended with an error", self._name)
+                finally:
+                    with self._idle:
+                        self._unfinished -= 1
+                        self._idle.notify_all()
+
+    # -- views and ends --------------------------------------------------------------------------------------
+
+    def _sources(self) -> Sequence[gather.Source]:
+        return self._roster.view()
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The workers of the current run that the program or the task still holds."""
+        return self._roster.view()
+
+    def running(self) -> bool:
+        """Whether a run is under way."""
+        return self._roster.running
+
+    def disconnect(self, nodes: NodesLike | None = None) -> None:
+        """Close the kept connections to these nodes, or all; one that is in use is closed after its last job."""
+        if nodes is None:
+            transport("ssh").disconnect(None)
+            return
+        chosen = NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
+        call = self._options.call({})
+        transport("ssh").disconnect({call.resolve(node)[0] for node in chosen})
+
+    def close(self) -> None:
+        """End everything and the task's threads. Any thread; called at the end of the owner's."""
+        self._closed = True
+        self.abort()
+        self._mailbox.notify()
+        self._engine.close()
+
+    def closing(self, timeout: float) -> bool:
+        """Wait for the threads after `close()`; return whether they have ended."""
+        until = time.monotonic() + timeout
+        ended = self._engine.closing(timeout)
+        if self._own and threading.current_thread() is not self.thread:
+            self.thread.join(max(0.0, until - time.monotonic()))
+        return ended
+
+    def __repr__(self) -> str:
+        workers = self.workers
+        left = sum(1 for worker in workers if not worker.done())
+        state, plan = "running" if self._roster.running else "idle", self._engine.plan
+        return (
+            f"<Task {self._number} of {self.thread.name}: {state}, {len(workers)} workers ({left} not ended), "
+            f"fan-out {plan.fanout}, {plan.slots} slots taken, {plan.dialing} dialing>"
+        )
+
+
+def all_tasks() -> list[Task]:
+    """Return the tasks of this process."""
+    return list(_tasks)
+
+
+def forget_tasks() -> None:
+    """Let `task_self()` make new ones; the threads of the old ones have ended."""
+    _tasks.clear()
+    _local.__dict__.clear()

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connections that this process keeps: who has places on them, when they go, and how many there may be.
+
+Dispatchers take and give back places; the watcher ends idle connections; the connections' threads tell when
+they are gone. One lock guards all of it; under it nothing is sent, waited for or called out to, and sockets
+are shut, and waiters called, after it was left.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ctask.options import Target
+from ctask.transports.ssh.connection import SshConnection
+from ctask.transports.ssh.transport import Link
+from ctask.transports.watcher import watcher
+
+__all__ = ["PLACES", "ConnectionPool", "Statistics"]
+
+#: Jobs on one connection: sshd's MaxSessions is 10 by default, and the ending of a command needs a session.
+PLACES = 8
+#: Descriptors that are left to the program and to ctask's own needs.
+SPARE_DESCRIPTORS = 26
+#: Seconds for which a target that could not be reached is remembered.
+UNREACHED = 600.0
+#: Seconds that a new connection waits for its first job, where `keep` is shorter.
+_FIRST_JOB = 1.0
+#: Seconds after which a timer that has not come is not coming: its watcher was closed.
+_LATE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the pool has, and what it has done.
+
+    Attributes:
+        open: connections that live.
+        idle: those of them without a job.
+        dials: connections in the making that were reserved.
+        made: connections that were ever added.
+        reused: places taken on a connection that had served a job before.
+        lost: connections that ended by themselves.
+    """
+
+    open: int
+    idle: int
+    dials: int
+    made: int
+    reused: int
+    lost: int
+
+
+class ConnectionPool:
+    """Kept connections by their whole target; thread safe, and no call but `close_all` waits for anything."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _clear(self) -> None:
+        #: target -> its connections with room, in the order in which they got it
+        self._roomy: dict[Target, dict[SshConnection, None]] = {}
+        #: every connection that was kept and is not gone, retired ones included
+        self._all: dict[SshConnection, None] = {}
+        #: those of them without a job, the longest idle first
+        self._idle: dict[SshConnection, None] = {}
+        #: every thread of a connection, those in the making included
+        self._links: set[Link] = set()
+        self._dials = 0
+        self._waiters: list[Callable[[], None]] = []
+        self._unreached: dict[Target, float] = {}
+        self._made = self._reused = self._lost = 0
+        self._served: set[SshConnection] = set()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return f"<ConnectionPool: {now.open} open, {now.idle} idle, {now.dials} in the making>"
+
+    def statistics(self) -> Statistics:
+        """Return counts of this moment."""
+        with self._lock:
+            return Statistics(len(self._all), len(self._idle), self._dials, self._made, self._reused, self._lost)
+
+    # --- places: the dispatchers
+
+    def take(self, target: Target) -> SshConnection | None:
+        """Take a place on a connection to `target` that has one; else None."""
+        with self._lock:
+            shelf = self._roomy.get(target)
+            for connection in shelf or ():
+                if connection.dead:
+                    continue  # its thread is about to say so
+                connection.places += 1
+                self._idle.pop(connection, None)
+                if connection.places >= PLACES:
+                    self._unshelve(connection)
+                self._reused += connection in self._served
+                self._served.add(connection)
+                return connection
+        return None
+
+    def give_back(self, connection: SshConnection) -> None:
+        """Give a place back."""
+        with self._lock:
+            connection.places -= 1
+            if connection.places == PLACES - 1 and self._usable(connection):
+                self._roomy.setdefault(connection.target, {})[connection] = None
+            if connection.places:
+                return
+            close = not self._usable(connection) or connection.target.keep == 0
+            if close:
+                self._unshelve(connection)
+                connection.retired = True
+            else:
+                self._rest(connection)
+            waiters = self._take_waiters()
+        if close:
+            connection.close()
+        else:
+            self._watch(connection, connection.target.keep)
+        _call(waiters)
+
+    def keep(self, connection: SshConnection, *, alone: bool = False) -> None:
+        """Add a connection, which takes over its dial's reservation; `alone` retires the target's others."""
+        if alone:
+            self.disconnect((connection.target,))
+        with self._lock:
+            self._dials = max(0, self._dials - 1)
+            self._unreached.pop(connection.target, None)
+            if not connection.dead and not connection.retired:
+                connection.kept = True
+                self._made += 1
+                self._all[connection] = None
+                self._roomy.setdefault(connection.target, {})[connection] = None
+                self._rest(connection)
+            waiters = self._take_waiters()
+        if connection.kept:
+            self._watch(connection, max(connection.target.keep, _FIRST_JOB))
+        else:
+            connection.close()
+        _call(waiters)
+
+    def retire(self, connection: SshConnection) -> None:
+        """Give no new places on it, and close it once the last came back."""
+        with self._lock:
+            connection.retired = True
+            self._unshelve(connection)
+            self._idle.pop(connection, None)
+            idle = connection.places == 0
+        if idle:
+            connection.close()
+
+    def disconnect(self, targets: Iterable[Target] | None = None) -> None:
+        """Close the idle connections to these targets, or to all, now, and busy ones after their jobs."""
+        wanted = frozenset(targets) if targets is not None else None
+        with self._lock:
+            chosen = [each for each in self._all if wanted is None or each.target in wanted]
+        for connection in chosen:
+            self.retire(connection)
+
+    # --- the bound: the side that plans dials
+
+    def reserve(self) -> bool:
+        """Count a new dial in, if descriptors allow; an idle connection is closed for it.
+
+        False: `when_room` tells when it is worth another try.
+        """
+        bound = _bound()
+        with self._lock:
+            if self._dials + len(self._all) < bound:
+                self._dials += 1
+                return True
+            oldest = next(iter(self._idle), None)
+            if oldest is None:
+                return False
+            # Its descriptor is closed by its thread, a moment from now; the spare ones cover that moment.
+            self._forget(oldest)
+            oldest.retired = True
+            self._dials += 1
+        oldest.close()
+        return True
+
+    def unreserve(self) -> None:
+        """Count a dial out that made no connection."""
+        with self._lock:
+            self._dials = max(0, self._dials - 1)
+            waiters = self._take_waiters()
+        _call(waiters)
+
+    def when_room(self, call: Callable[[], None]) -> None:
+        """Have `call` called once, when there may be room; now where there is. It must not wait."""
+        bound = _bound()
+        with self._lock:
+            room = bool(self._idle) or self._dials + len(self._all) < bound
+            if not room:
+                self._waiters.append(call)
+        if room:
+            call()
+
+    # --- targets that could not be reached
+
+    def unreachable(self, target: Target, now: float) -> None:
+        """Remember that `target` could not be reached."""
+        with self._lock:
+            if len(self._unreached) > 1_000:
+                self._unreached = {t: at for t, at in self._unreached.items() if now - at < UNREACHED}
+            self._unreached[target] = now
+
+    def shunned(self, target: Target, now: float) -> bool:
+        """Whether `target` could not be reached within the last ten minutes, and has not been since."""
+        with self._lock:
+            at = self._unreached.get(target)
+            return at is not None and now - at < UNREACHED
+
+    # --- the lives of connections
+
+    def born(self, link: Link) -> None:
+        """Note a thread that is about to start."""
+        with self._lock:
+            self._links.add(link)
+
+    def unborn(self, link: Link) -> None:
+        """Note that it ended before it was a connection."""
+        with self._lock:
+            self._links.discard(link)
+
+    def gone(self, connection: SshConnection) -> None:
+        """Forget a connection that is gone; its thread, before its sessions are told."""
+        with self._lock:
+            self._links.discard(connection.link)
+            self._lost += connection.kept and not connection.retired
+            self._forget(connection)
+            waiters = self._take_waiters()
+        _call(waiters)
+
+    def close_all(self, within: float = 2.0) -> bool:
+        """End every connection, those in the making included, and wait for their threads; False: some are left.
+
+        For the process's exit, and for tests that look for leaks.
+        """
+        deadline = time.monotonic() + within
+        with self._lock:
+            for connection in list(self._all):
+                connection.retired = True
+                self._unshelve(connection)
+            self._idle.clear()
+            links = list(self._links)
+        for link in links:
+            link.close()
+        for link in links:
+            # One that has not started has its thread's own end to come.
+            if link.ident is not None and link is not threading.current_thread():
+                link.join(max(0.0, deadline - time.monotonic()))
+        return not any(link.is_alive() for link in links)
+
+    def forget(self) -> None:
+        """Forget everything, without a word to anybody: in the child of a fork, where no connection is ours."""
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _usable(self, connection: SshConnection) -> bool:
+        return connection.kept and not connection.retired and not connection.dead
+
+    def _rest(self, connection: SshConnection) -> None:
+        """It has no job now; under the lock."""
+        connection.idle_since = time.monotonic()
+        self._idle[connection] = None
+
+    def _unshelve(self, connection: SshConnection) -> None:
+        shelf = self._roomy.get(connection.target)
+        if shelf is not None and shelf.pop(connection, self) is None and not shelf:
+            del self._roomy[connection.target]
+
+    def _forget(self, connection: SshConnection) -> None:
+        self._unshelve(connection)
+        self._all.pop(connection, None)
+        self._idle.pop(connection, None)
+        self._served.discard(connection)
+
+    def _take_waiters(self) -> list[Callable[[], None]]:
+        """Take those who wait for room, where there is some; under the lock."""
+        if not self._waiters or (not self._idle and self._dials + len(self._all) >= _bound()):
+            return []
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+    def _watch(self, connection: SshConnection, after: float) -> None:
+        """Have an idle connection looked at; one timer for each, however often it rests."""
+        now = time.monotonic()
+        if connection.timer and now < connection.timer + _LATE:
+            return
+        connection.timer = now + after
+        try:
+            watcher().at(connection.timer, lambda: self._expire(connection))
+        except (RuntimeError, OSError):  # no thread or descriptor for a watcher: nothing is kept then
+            self.retire(connection)
+
+    def _expire(self, connection: SshConnection) -> None:
+        """Close it if it was idle for long enough, else look again then; the watcher."""
+        now = time.monotonic()
+        with self._lock:
+            connection.timer = 0.0
+            if connection not in self._idle:
+                return  # busy, or gone: it is watched again when it rests
+            due = connection.idle_since + connection.target.keep
+            expired = now >= due
+            if expired:
+                connection.retired = True
+                self._unshelve(connection)
+                self._idle.pop(connection)
+        if expired:
+            connection.close()
+        else:
+            self._watch(connection, due - now)
+
+
+def _bound() -> float:
+    """Return how many connections and dials there may be together; read anew, since a program may raise its limit."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return float("inf") if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS)
+
+
+def _call(waiters: list[Callable[[], None]]) -> None:
+    for waiter in waiters:
+        waiter()

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One submitted command on a set of nodes: its futures, its events, its standard input, its results.
+
+Made in the thread that submits. Its jobs and their ends are the dispatcher's; `_closed` and the line that is being
+delivered are the owner's; everything else is read by anybody.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from ctask import gather
+from ctask.buffers import BufferStore, Output
+from ctask.errors import Aborted, OptionError
+from ctask.future import Future
+from ctask.handler import EVENTS, Handlers
+from ctask.job import ABORT_WITHIN, Job
+from ctask.nodes import NodeSet
+from ctask.result import Group, NodeResult
+from ctask.runtime import Runtime
+from ctask.states import Outcome
+
+__all__ = ["Owner", "Worker"]
+
+
+class Owner(Protocol):
+    """The task, as far as its workers need it."""
+
+    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None: ...
+
+
+class Worker(gather.Gathered):
+    """One command on many nodes; made by `Task.shell`, `run` and `submit`.
+
+    Iterating over it gives its futures. As a context manager it waits on leaving, and aborts when an exception leaves
+    the block. Dropping it frees its output; results that the program keeps, keep their own.
+
+    Attributes:
+        number: counts the workers of the task, from 1.
+        command: what was submitted, as text.
+        nodes: the NodeSet; for a local command a list with its key.
+        futures: node -> `Future`, in the order in which they start.
+        task: the task.
+
+    Thread safety: every method may be called in any thread; the waits pump in the owner's.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        run: Runtime,
+        number: int,
+        command: str,
+        *,
+        remote: bool,
+        apart: bool,
+        ok_codes: frozenset[int],
+        handlers: Handlers,
+        store: BufferStore | None,
+    ) -> None:
+        self.task = task
+        self.number = number
+        self.command = command
+        self.remote = remote
+        self.apart = apart
+        self.ok_codes = ok_codes
+        self.handlers = handlers
+        self.store = store
+        self.futures: dict[Any, Future] = {}
+        self.nodes: Any = []
+        self.last: tuple[Any, str, Output] = (None, "stdout", Output(b""))
+        self.last_rc: int | None = None
+        self._run = run
+        self._jobs: list[Job] = []
+        # In the order of their ends; the dispatcher appends.
+        self._ended: list[NodeResult] = []
+        self._started = False
+        self._closed = False
+        self._watched = False
+        self._began_at = time.monotonic()
+        self._closed_at: float | None = None
+
+    # -- made by the task ------------------------------------------------------------------------------------
+
+    def assign(self, jobs: Sequence[Job], nodes: Any) -> None:
+        """Take the jobs in the order in which they are to start. Once, before anything is submitted."""
+        self._jobs = list(jobs)
+        self.nodes = nodes
+        for job in self._jobs:
+            self.futures[job.node] = Future(self.task, job.node, self._canceller(job))
+        if not self._jobs:
+            self._closed = True
+
+    def _canceller(self, job: Job) -> Callable[[], None]:
+        def cancel() -> None:
+            within = job.limits.stop_grace + ABORT_WITHIN
+            self._run.post(job, job.stop, Outcome.ABORTED, Aborted("cancelled"), within)
+
+        return cancel
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """Its jobs, in the order in which they start."""
+        return self._jobs
+
+    @property
+    def cells(self) -> Sequence[gather.Cell]:
+        """The same, as the views look at them."""
+        return self._jobs
+
+    def _sources(self) -> Sequence[gather.Source]:
+        return (self,)
+
+    # -- told by its jobs; dispatcher ------------------------------------------------------------------------
+
+    def began(self, job: Job) -> None:
+        """A job is taken up."""
+        if not self._started:
+            self._started = True
+            self._run.mailbox.started(self)
+        self._run.mailbox.picked_up(self, job.node)
+        self.futures[job.node].set_running_or_notify_cancel()
+
+    def ended(self, job: Job, result: NodeResult) -> None:
+        """A job has its outcome."""
+        last = len(self._ended) + 1 == len(self._jobs)
+        if last:
+            if self.store is not None:
+                self.store.close()
+            # A worker that nobody listens to is closed now: a program that never pumps keeps nothing of it.
+            if self.handlers:
+                self._run.mailbox.closed(self, self._close)
+            else:
+                self._close()
+        future = self.futures[job.node]
+        if not future.running():
+            future.set_running_or_notify_cancel()
+        if result.error is not None:
+            future.set_exception(result.error)
+        else:
+            future.set_result(result)
+        # After the future: who was told of the result finds the future done.
+        self._ended.append(result)
+        if last or future.watched or self._watched:
+            self._run.mailbox.notify()
+
+    def _close(self) -> bool:
+        self._closed = True
+        self._closed_at = time.monotonic()
+        return self.did_timeout()
+
+    # -- waiting ---------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether every job has its outcome and its events were delivered."""
+        return self._closed and self.done()
+
+    def done(self) -> bool:
+        """Whether every job has its outcome."""
+        return len(self._ended) == len(self._jobs)
+
+    def wait(self, deadline: float | None = None) -> bool:
+        """Wait until every job has its outcome; return False when `deadline` seconds have passed before.
+
+        Only waits: neither the deadline nor Ctrl-C ends a job.
+        """
+        until = None if deadline is None else time.monotonic() + deadline
+        waited = self.task.wait_for(self.done, until)
+        if waited is None:
+            concurrent.futures.wait(self.futures.values(), deadline)
+        return self.done()
+
+    def results(self) -> Iterator[NodeResult]:
+        """Yield each node's `NodeResult` as it ends; never raises for a node."""
+        self._watched = True
+        given = 0
+        while given < len(self._jobs):
+            if given == len(self._ended):
+                target = given
+                waited = self.task.wait_for(lambda: len(self._ended) > target, None)  # noqa: B023 (called here)
+                if waited is None:
+                    pending = [future for future in self.futures.values() if not future.done()]
+                    concurrent.futures.wait(pending, None, concurrent.futures.FIRST_COMPLETED)
+                continue
+            yield self._ended[given]
+            given += 1
+
+    def result(self, node: Any) -> NodeResult:
+        """Return a node's result, waiting for it.
+
+        Raises:
+            NodeError: the command could not be run to its end.
+            KeyError: the worker has no such node.
+        """
+        return self.futures[node].result()
+
+    def __iter__(self) -> Iterator[Future]:
+        return iter(self.futures.values())
+
+    def __len__(self) -> int:
+        return len(self.futures)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abort()
+        self.wait()
+
+    # -- steering --------------------------------------------------------------------------------------------
+
+    def on(self, event: str, callback: Callable[..., object]) -> Self:
+        """Add a callback for `start`, `pickup`, `read`, `hup`, `done` or `close`; return the worker.
+
+        It hears what is delivered from now on; `read` from the first line where output is gathered.
+
+        Raises:
+            OptionError: no such event, or a function that does not take its arguments.
+        """
+        self.handlers.add(event, callback)
+        return self
+
+    def abort(self, nodes: Any = None) -> None:
+        """End the jobs of these nodes, or of all; their outcome is `ABORTED` within 2 s. Never waits.
+
+        Raises:
+            KeyError: the worker has no such node.
+        """
+        for job in self._chosen(nodes):
+            self._run.post(job, job.stop, Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+
+    def write(self, data: bytes | str, nodes: Any = None) -> None:
+        """Add to the standard input of these nodes' commands, or of all. Never waits.
+
+        Raises:
+            OptionError: the command was submitted with its standard input closed.
+        """
+        encoded = data.encode() if isinstance(data, str) else bytes(data)
+        for job in self._chosen(nodes):
+            if not job.command.stdin:
+                raise OptionError("standard input is closed: submit with stdin=True to write to it")
+            self._run.post(job, job.write, encoded)
+
+    def set_write_eof(self, nodes: Any = None) -> None:
+        """End the standard input after what was written; again is harmless. Never waits."""
+        for job in self._chosen(nodes):
+            self._run.post(job, job.write, None)
+
+    def _chosen(self, nodes: Any) -> Sequence[Job]:
+        if nodes is None:
+            return self._jobs
+        wanted = set(NodeSet(nodes)) if self.remote else {nodes}
+        missing = wanted.difference(self.futures)
+        if missing:
+            raise KeyError(f"no such node in this worker: {', '.join(sorted(map(str, missing)))}")
+        return [job for job in self._jobs if job.node in wanted]
+
+    def last_read(self) -> tuple[Any, Output]:
+        """Return (node, line) of the line that is being delivered. In `ev_read`."""
+        return self.last[0], self.last[2]
+
+    # What handlers of ClusterShell's older signature, which are given the worker alone, ask for.
+
+    @property
+    def current_node(self) -> Any:
+        """Node of the event that is being delivered."""
+        return self.last[0]
+
+    @property
+    def current_msg(self) -> Output:
+        """Line that is being delivered."""
+        return self.last[2]
+
+    @property
+    def current_sname(self) -> str:
+        """Stream of the line that is being delivered."""
+        return self.last[1]
+
+    @property
+    def current_rc(self) -> int | None:
+        """Exit status that is being delivered."""
+        return self.last_rc
+
+    # -- results ---------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[Group]:
+        """Return every node in exactly one group, also those that printed nothing or never ran; largest first."""
+        return gather.groups(self)
+
+    def exit_code(self) -> int:
+        """Return 0: all ok; 1: some exited otherwise or by a signal; 3: some not run, timed out, lost, not ended."""
+        return gather.exit_code(job.result for job in self._jobs)
+
+    @property
+    def ok(self) -> Any:
+        """Nodes that exited with a status in `ok_codes`."""
+        return self._those(lambda result: result.ok)
+
+    @property
+    def failed(self) -> Any:
+        """Nodes that ended and are not ok."""
+        return self._those(lambda result: not result.ok)
+
+    @property
+    def unreached(self) -> Any:
+        """Nodes that could not be reached."""
+        return self._those(lambda result: result.outcome is Outcome.UNREACHED)
+
+    @property
+    def timedout(self) -> Any:
+        """Nodes that timed out."""
+        return self._those(lambda result: result.outcome is Outcome.TIMEOUT)
+
+    @property
+    def not_run(self) -> Any:
+        """Ended nodes to which the command was never sent: safe to repeat."""
+        return self._those(lambda result: result.ran is False)
+
+    @property
+    def pending(self) -> Any:
+        """Nodes that have not ended."""
+        return gather.named((job.node for job in self._jobs if job.result is None), self.remote)
+
+    def did_timeout(self) -> bool:
+        """Whether any node timed out."""
+        return any(job.result is not None and job.result.outcome is Outcome.TIMEOUT for job in self._jobs)
+
+    def _those(self, wanted: Callable[[NodeResult], bool]) -> Any:
+        chosen = (job.node for job in self._jobs if job.result is not None and wanted(job.result))
+        return gather.named(chosen, self.remote)
+
+    def counts(self) -> str:
+        """Return how the jobs stand, in a few words: ``89 exit 0 · 1 exit 1 · 1 running · 5 in trouble``."""
+        exits: Counter[int] = Counter()
+        trouble = running = 0
+        for job in self._jobs:
+            result = job.result
+            if result is None:
+                running += 1
+            elif result.outcome is Outcome.EXITED and result.rc is not None:
+                exits[result.rc] += 1
+            else:
+                trouble += 1
+        parts = [f"{exits[code]} exit {code}" for code in sorted(exits)]
+        parts += [f"{running} running"] * bool(running) + [f"{trouble} in trouble"] * bool(trouble)
+        return " · ".join(parts) or "no nodes"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was submitted; until its end where it has ended."""
+        return (self._closed_at or time.monotonic()) - self._began_at
+
+    def __repr__(self) -> str:
+        shown = self.command if len(self.command) <= 40 else self.command[:39] + "…"
+        nodes = f" {self.nodes} ({len(self.nodes)})" if self.remote else ""
+        return f"<Worker {self.number} {shown!r}{nodes}: {self.counts()}, {self.elapsed:.1f} s>"
+
+
+def text_of(command: Any) -> str:
+    """Return a command as people read it."""
+    if isinstance(command, (list, tuple)):
+        return shlex.join(str(Output(word)) if isinstance(word, bytes) else str(word) for word in command)
+    return str(Output(command)) if isinstance(command, bytes) else str(command)
+
+
+def add_handlers(handlers: Handlers, handler: object, callbacks: dict[str, object]) -> None:
+    """Register an object, then functions given as `on_read=…`."""
+    if handler is not None:
+        handlers.add_object(handler)
+    for name, callback in callbacks.items():
+        event = name.removeprefix("on_")
+        if event not in EVENTS:
+            raise OptionError(f"no such event: {name}; there are: {', '.join('on_' + event for event in EVENTS)}")
+        if callback is not None:
+            handlers.add(event, callback)
