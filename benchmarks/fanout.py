@@ -122,11 +122,17 @@ def _child(peer: str, setup: Setup) -> list[Cost]:
 def _server() -> Sshd:
     """Return the tests' own sshd, which is to be entered."""
     try:
-        from ctask_tests.fix_sshd import Sshd
+        import pytest
+
+        from ctask_tests.fix_sshd import Sshd, find_sshd
     except ModuleNotFoundError as error:
         raise BenchmarkError(
             f"{error.name} is not installed, which the tests' sshd needs: pip install 'ctask[test]'"
         ) from error
+    try:
+        find_sshd()
+    except (pytest.skip.Exception, pytest.fail.Exception) as error:
+        raise BenchmarkError(str(error)) from error
     return Sshd(*SERVER)
 
 

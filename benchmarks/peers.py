@@ -9,6 +9,7 @@ is read in the cold run. Runs in the main thread of the child, with the threads 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -239,6 +240,8 @@ def main() -> None:
     setup = Setup(**json.load(sys.stdin))
     make, _ = PEERS[sys.argv[1]]
     peer = make(setup)
+    # Else the collection that the imports have brought near falls into the cold run of some peers and not of others.
+    gc.collect()
     costs = []
     for number in range(1 + setup.repeats):
         answers, cost = measured(peer.run, peer.rest)

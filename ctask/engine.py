@@ -18,7 +18,7 @@ from ctask.errors import NodeError
 from ctask.job import Job
 from ctask.mailbox import Gate, Mailbox
 from ctask.making import ConnectionMaking
-from ctask.plan import Dial, Join, Plan, Shake, Stage, Start
+from ctask.plan import Dial, Join, Plan, Shake, Start
 from ctask.runtime import Runtime
 from ctask.states import Outcome
 from ctask.transports import transport
@@ -61,7 +61,11 @@ class Engine:
         self.dispatcher.post(None, self._submitted, jobs)
 
     def stop(self, outcome: Outcome, error: NodeError, within: float) -> None:
-        """End every job that was submitted before; each has its outcome after `within` seconds."""
+        """End every job that was submitted before; each has its outcome after `within` seconds.
+
+        From now on their handlers get no lines any more, also of what has ended and was not read.
+        """
+        self.mailbox.hush()
         self.dispatcher.post(None, self._stop_all, outcome, error, within)
 
     def set_fanout(self, fanout: int) -> None:
@@ -80,6 +84,8 @@ class Engine:
 
     def _submitted(self, jobs: Sequence[Job]) -> None:
         self.run.live.update(jobs)
+        for job in jobs:
+            job.submitted()
         self.plan.submitted(jobs)
 
     def _stop_all(self, outcome: Outcome, error: NodeError, within: float) -> None:
@@ -95,7 +101,7 @@ class Engine:
                 case Start(job, connection):
                     self._carry_out(job, job.start, connection, now)
                 case Join(job, making):
-                    self._carry_out(job, job.join, making.where, making.stage is Stage.SPOKE, now)
+                    self._carry_out(job, job.join, making, now)
                 case Dial(making):
                     self._carry_out(making, making.dial)
                 case Shake(making):

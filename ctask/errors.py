@@ -175,10 +175,10 @@ class NodeError(CtaskError):
         return self._in_phase(self.kind)
 
     def _in_phase(self, text: str) -> str:
-        return text if not self.phase or self.phase in _SAYS_NOTHING else f"{self.phase}: {text}"
+        return printable(text if not self.phase or self.phase in _SAYS_NOTHING else f"{self.phase}: {text}")
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.why()}" if self.node else self.why()
+        return printable(f"{self.node}: {self.why()}" if self.node else self.why())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -348,6 +348,13 @@ class HandlerError(TaskError, ExceptionGroup[Exception]):
 
 #: Phases that say nothing more than the reasons of the errors that end an attempt there.
 _SAYS_NOTHING = frozenset(("queued", "hostkey", "running", "closing"))
+
+
+def printable(text: str) -> str:
+    """Return text of a node, or a name, on one line and without a character that a terminal would act on."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _quoted(text: str) -> str:

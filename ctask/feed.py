@@ -146,7 +146,7 @@ class Feeder:
     def stop(self) -> None:
         """Nothing more is moved, and what is left is thrown away."""
         self._session = None
-        if not self._moving:
+        if not self._moving and self._feed.waiting():
             self._run.work(self._feed.discard)
 
     def _move(self) -> None:

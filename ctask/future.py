@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from ctask.errors import Aborted
+from ctask.errors import Aborted, printable
 from ctask.result import NodeResult
 
 __all__ = ["Future", "Waiting", "as_completed", "wait"]
@@ -85,10 +85,11 @@ class Future(concurrent.futures.Future[NodeResult]):
             raise TimeoutError(f"{self.node}: not ended within {timeout:g} s; the job goes on")
 
     def __repr__(self) -> str:
+        node = printable(str(self.node))
         if not self.done():
-            return f"<Future {self.node} {'running' if self.running() else 'queued'}>"
+            return f"<Future {node} {'running' if self.running() else 'queued'}>"
         error = super().exception(0)
-        return f"<Future {self.node} {error!r}>" if error is not None else f"<Future {super().result(0)!r}>"
+        return f"<Future {node} {error!r}>" if error is not None else f"<Future {super().result(0)!r}>"
 
 
 def wait(

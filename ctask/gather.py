@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ctask.buffers import STDERR, STDOUT, Capture, Output, view
-from ctask.errors import JobsFailed
+from ctask.errors import JobsFailed, printable
 from ctask.nodes import NodeSet
 from ctask.result import Group, NodeResult
 from ctask.states import Outcome
@@ -96,7 +96,8 @@ def _merged(piles: Iterable[_Pile]) -> list[_Pile]:
         digest = hashlib.blake2b(pile.output(), digest_size=32).digest()
         twin = looks.setdefault(digest, pile)
         if twin is not pile:
-            twin.nodes.extend(node for node in pile.nodes if node not in set(twin.nodes))
+            known = set(twin.nodes)
+            twin.nodes.extend(node for node in pile.nodes if node not in known)
             twin.remote = twin.remote and pile.remote
     return list(looks.values())
 
@@ -164,14 +165,12 @@ class Gathered:
 
     def iter_retcodes(self, match_keys: object = None) -> Iterator[tuple[int, Any]]:
         """Yield (exit status, nodes), by status."""
-        found: dict[int, dict[Any, None]] = {}
-        remote = True
+        found: dict[int, dict[Any, bool]] = {}
         for source, cell in self._cells(_match(match_keys)):
             if cell.result is not None and cell.result.rc is not None:
-                remote = remote and source.remote
-                found.setdefault(cell.result.rc, {})[cell.node] = None
+                found.setdefault(cell.result.rc, {})[cell.node] = source.remote
         for code in sorted(found):
-            yield code, named(found[code], remote)
+            yield code, named(found[code], all(found[code].values()))
 
     def max_retcode(self) -> int | None:
         """Return the largest exit status; None where no command has ended by itself."""
@@ -189,14 +188,12 @@ class Gathered:
 
     def failures(self) -> dict[tuple[str, str, str], Any]:
         """Return what went wrong: (phase, error class, text) -> nodes; jobs that have not ended are in none."""
-        found: dict[tuple[str, str, str], dict[Any, None]] = {}
-        remote = True
+        found: dict[tuple[str, str, str], dict[Any, bool]] = {}
         for source, cell in self._cells():
             result = cell.result
             if result is not None and not result.ok:
-                remote = remote and source.remote
-                found.setdefault(_failure(result), {})[cell.node] = None
-        return {key: named(nodes, remote) for key, nodes in found.items()}
+                found.setdefault(_failure(result), {})[cell.node] = source.remote
+        return {key: named(nodes, all(nodes.values())) for key, nodes in found.items()}
 
     def check(self) -> None:
         """Return if every job has ended well.
@@ -235,7 +232,7 @@ def fold(failures: dict[tuple[str, str, str], Any]) -> str:
 
 
 def _listed(nodes: Any) -> str:
-    return str(nodes) if isinstance(nodes, NodeSet) else ",".join(map(str, nodes))
+    return str(nodes) if isinstance(nodes, NodeSet) else printable(",".join(map(str, nodes)))
 
 
 def groups(source: Source) -> list[Group]:

@@ -6,7 +6,7 @@ All methods run in the dispatcher, but for those that say otherwise. There is no
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ctask import errors
 from ctask.attempt import ConnectClock, Inbox
@@ -17,15 +17,19 @@ from ctask.feed import Feed, Feeder
 from ctask.handler import Handlers
 from ctask.mailbox import Delivery
 from ctask.options import Command, JobOptions, Target
+from ctask.plan import Stage
 from ctask.result import Attempt, NodeResult, Timings, signal_number
 from ctask.runtime import Runtime
 from ctask.states import Outcome, Timeline
 from ctask.transports.base import Connection, Session
 
+if TYPE_CHECKING:
+    from ctask.making import ConnectionMaking
+
 __all__ = ["ABORT_WITHIN", "Job", "Submission"]
 
-#: Seconds after which an aborted job has its outcome, whatever its node says.
-ABORT_WITHIN = 2.0
+#: Seconds after which an aborted job has its outcome, whatever its node says: callers are promised 2.
+ABORT_WITHIN = 1.8
 #: The same after a `timeout`, beyond the grace.
 TIMEOUT_WITHIN = 2.0
 
@@ -91,6 +95,7 @@ class Job:
         self._begun = False
         self._replaced = False
         self._connection: Connection | None = None
+        self._making: ConnectionMaking | None = None
         self._session: Session | None = None
         self._inbox: Inbox | None = None
         self._deadlines: list[Deadline] = []
@@ -103,7 +108,9 @@ class Job:
     @property
     def phase(self) -> str:
         """Where the attempt is. Any thread; of a moment ago."""
-        phase, inbox = self.timeline.phase, self._inbox
+        phase, inbox, making = self.timeline.phase, self._inbox, self._making
+        if making is not None:
+            return making.now_in()
         if inbox is None or phase not in ("open", "exec"):
             return phase
         if inbox.running_at is not None:
@@ -117,11 +124,17 @@ class Job:
 
     # -- what the plan says ----------------------------------------------------------------------------------
 
-    def join(self, phase: str, waits: bool, now: float) -> None:
-        """Wait for a connection in the making, which is in `phase`, or `waits` for its slot."""
+    def submitted(self) -> None:
+        """The job is on its way: only an abort from now on keeps its lines from its handlers."""
+        self._delivery.epoch = self.run.mailbox.epoch
+
+    def join(self, making: ConnectionMaking, now: float) -> None:
+        """Wait for a connection in the making."""
         self._begin()
-        self.timeline.enter(phase, now)
-        if not waits:
+        making.catch_up()
+        self._making = making
+        self.timeline.enter(making.where, now)
+        if making.stage is not Stage.SPOKE:  # else it waits for a slot
             self.clock.run(now)
 
     def start(self, connection: Connection, now: float) -> None:
@@ -152,6 +165,7 @@ class Job:
 
     def left_making(self, now: float) -> None:
         """The connection stands, or the server hung up before it began: back to the queue."""
+        self._making = None
         self.clock.pause(now)
         self.timeline.enter("queued", now)
 
@@ -177,7 +191,7 @@ class Job:
                 return
         if over:
             self._session_over(inbox.end)
-        elif exited:
+        elif exited and self._ending is None:  # the status of what was told to end is no news
             self._close_quietly(now)
 
     def unstarted(self, inbox: Inbox, error: Exception) -> None:
@@ -258,7 +272,7 @@ class Job:
         if self.timeline.phase != "closing":
             self.timeline.enter("closing", now)
             self._quiet_at = now
-            if self.limits.drain_timeout is not None and self._ending is None:
+            if self.limits.drain_timeout is not None:
                 self._at(now + self.limits.drain_timeout, self.quiet)
 
     def quiet(self) -> None:
@@ -299,6 +313,8 @@ class Job:
             return
         limit = self.limits.connect_timeout or 0.0
         if self._session is None:
+            if self._making is not None:
+                self._making.catch_up()
             self.run.transport(self.target.transport).unreachable(self.target, self.run.dispatcher.clock())
             self._finish(Outcome.UNREACHED, _silence(self.timeline.phase, self.target, limit))
             return
@@ -311,22 +327,25 @@ class Job:
         if self._session.drop():
             self._finish(Outcome.UNREACHED, _silence("open", self.target, limit))
         else:
-            self.stop(Outcome.LOST, _silence("exec", self.target, limit), ABORT_WITHIN)
+            self.stop(Outcome.LOST, _silence("exec", self.target, limit), ABORT_WITHIN, mute=False)
 
     def too_long(self) -> None:
         """`timeout` has passed."""
         error = errors.CommandTimeout(f"timeout after {self.limits.timeout:g} s")
-        self.stop(Outcome.TIMEOUT, error, self.limits.stop_grace + TIMEOUT_WITHIN)
+        self.stop(Outcome.TIMEOUT, error, self.limits.stop_grace + TIMEOUT_WITHIN, mute=False)
 
-    def stop(self, outcome: Outcome, error: NodeError, within: float) -> None:
+    def stop(self, outcome: Outcome, error: NodeError, within: float, *, mute: bool = True) -> None:
         """End the job from this side, wherever it is; it has its outcome after `within` seconds at the latest.
 
         A job that has ended, or is being ended, is left alone: what came first stands.
+
+        Args:
+            mute: lines that were not read yet are not given to handlers any more (abort, the run's deadline).
         """
+        if mute:
+            self._delivery.muted = True  # also of one that has ended: what was not read is not read any more
         if self.outcome is not None or self._ending is not None:
             return
-        if outcome is not Outcome.LOST:
-            self._delivery.muted = True
         session, inbox = self._session, self._inbox
         if session is None or inbox is None or session.drop():
             self._finish(outcome, error)
@@ -384,6 +403,9 @@ class Job:
         inbox = self._inbox
         if inbox is not None:
             self._catch_up(inbox)
+        elif self._making is not None:
+            self._making.catch_up()
+            self._making = None
         phase = self.timeline.phase
         spent = self.timeline.close(outcome, now)
         self.outcome = outcome

@@ -197,6 +197,7 @@ class Delivery:
         "_cutters",
         "apart",
         "credited",
+        "epoch",
         "left",
         "lines",
         "muted",
@@ -216,6 +217,8 @@ class Delivery:
         self.queued = False
         #: what is left is not delivered: the job was ended by a deadline or an abort
         self.muted = False
+        #: `Mailbox.epoch` when the job was submitted
+        self.epoch = 0
         self.stored = 0
         self.taken = 0
         self.credited = 0
@@ -266,6 +269,8 @@ class Mailbox:
         self._bell = threading.Lock()
         self._bell.acquire()
         self.busy = False
+        #: counts the ends of everything: what was submitted before the last of them is not read any more
+        self.epoch = 0
         self.errors: list[Exception] = []
         self.notify: Callable[[], None] = self.ring
         self._logged: set[object] = set()
@@ -278,6 +283,11 @@ class Mailbox:
             self._bell.release()
         except RuntimeError:  # it has been told already
             pass
+
+    def hush(self) -> None:
+        """Deliver no line any more of what was submitted until now. Any thread, and signal handlers."""
+        # Two at once may count as one, which is all that is needed.
+        self.epoch += 1
 
     def started(self, subject: Subject) -> None:
         """A worker's first job begins."""
@@ -385,12 +395,12 @@ class Mailbox:
     def _read(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> None:
         delivery.queued = False
         try:
-            if not delivery.lines and not delivery.muted:
+            if not delivery.lines and not self._silent(delivery):
                 delivery.cut(SLICE)
             self._lines(delivery, done, until)
         finally:  # also when an interrupt comes out of a handler
             more = delivery.lines or (delivery.reader is not None and delivery.reader.unread())
-            if more and not delivery.queued and not delivery.muted:
+            if more and not delivery.queued and not self._silent(delivery):
                 delivery.queued = True
                 entry = partial(self._read, delivery)
                 # The rest of a slice comes before everything, the next slice after the others' turn.
@@ -425,7 +435,7 @@ class Mailbox:
 
     def _last_lines(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> bool:
         """Deliver lines until there are none; False: something else is due before."""
-        while not delivery.muted:
+        while not self._silent(delivery):
             if not delivery.lines:
                 if delivery.reader is None:
                     return True
@@ -434,7 +444,7 @@ class Mailbox:
                     delivery.finish()
                     delivery.reader = None
             self._lines(delivery, done, until)
-            if delivery.lines and not delivery.muted:
+            if delivery.lines and not self._silent(delivery):
                 return False
         self._credit(delivery, delivery.stored - delivery.credited)
         return True
@@ -447,11 +457,11 @@ class Mailbox:
         """
         subject, node = delivery.subject, delivery.node
         stride = 1
-        while delivery.lines and not delivery.muted:
+        while delivery.lines and not self._silent(delivery):
             sname, lines = delivery.lines.popleft()
             at = size = 0
             try:
-                while at < len(lines) and not delivery.muted:
+                while at < len(lines) and not self._silent(delivery):
                     began = time.monotonic()
                     for line in lines[at : at + stride]:
                         at += 1
@@ -474,9 +484,12 @@ class Mailbox:
                 self._credit(delivery, min(size, delivery.taken - delivery.credited))
             if delivery.lines and ((until is not None and time.monotonic() >= until) or done()):
                 return
-        if not delivery.muted:
+        if not self._silent(delivery):
             # Ends of lines, and a line that has not ended, are read as well.
             self._credit(delivery, delivery.taken - delivery.credited)
+
+    def _silent(self, delivery: Delivery) -> bool:
+        return delivery.muted or delivery.epoch < self.epoch
 
     def _credit(self, delivery: Delivery, count: int) -> None:
         delivery.credited += count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from ctask.errors import ConnectError, LocalResource, NodeError
@@ -37,6 +38,9 @@ class ConnectionMaking(Making["Job"]):
         self._sock: socket.socket | None = None
         #: where it is, in the words of `ctask.states.PHASES`; `queued` while it waits for its slot
         self.where = "queued"
+        # Phases that other threads have come to, with their times. They are not posts: a cold connection would make
+        # five, and nothing follows from them but what timings and errors say.
+        self._stamps: deque[tuple[str, float]] = deque()
 
     # -- what the plan says ----------------------------------------------------------------------------------
 
@@ -76,7 +80,7 @@ class ConnectionMaking(Making["Job"]):
 
     def phase(self, name: str) -> None:
         """The dial has come to `resolve`, `tcp` or `banner`. The handshake says it from the pool's thread."""
-        self._run.post(self, self._enter, name, time.monotonic())
+        self._stamps.append((name, time.monotonic()))
 
     def spoke(self) -> None:
         """The server's first byte is there."""
@@ -113,9 +117,22 @@ class ConnectionMaking(Making["Job"]):
         for job in self.jobs:
             job.timeline.enter(name, now)
 
+    def catch_up(self) -> None:
+        """Enter the phases that other threads have stamped."""
+        while self._stamps:
+            self._enter(*self._stamps.popleft())
+
+    def now_in(self) -> str:
+        """Return where it is. Any thread; of a moment ago."""
+        try:
+            return self._stamps[-1][0]
+        except IndexError:
+            return self.where
+
     def _spoke(self) -> None:
         if self.stage is not Stage.DIALING:
             return
+        self.catch_up()
         now = self._run.dispatcher.clock()
         self._enter("queued", now)
         for job in self.jobs:
@@ -125,6 +142,7 @@ class ConnectionMaking(Making["Job"]):
     def _hung_up(self) -> None:
         if self.stage not in (Stage.SPOKE, Stage.SHAKING):
             return
+        self.catch_up()
         now = self._run.dispatcher.clock()
         self._transport.unreserve()
         for job in self.jobs:
@@ -137,6 +155,7 @@ class ConnectionMaking(Making["Job"]):
         self._transport.unreserve()
         if self.stage is Stage.OVER:
             return
+        self.catch_up()
         self._transport.unreachable(self.target, self._run.dispatcher.clock())
         jobs = list(self.jobs)
         self._run.plan.over(self)
@@ -149,6 +168,7 @@ class ConnectionMaking(Making["Job"]):
         self._transport.keep(connection, alone=any(job.fresh for job in self.jobs))
         if self.stage is Stage.OVER:
             return
+        self.catch_up()
         now = self._run.dispatcher.clock()
         for job in self.jobs:
             job.left_making(now)

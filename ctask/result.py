@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctask.buffers import Capture, Output
-from ctask.errors import CommandFailed, NodeError
+from ctask.errors import CommandFailed, NodeError, printable
 from ctask.nodes import NodeSet
 from ctask.states import Outcome
 
@@ -197,7 +197,7 @@ class NodeResult:
         tries = f"{len(self.attempts)} {'try' if len(self.attempts) == 1 else 'tries'}"
         said = self.why or status_text(self.outcome, self.rc, self.signal)
         return (
-            f"<NodeResult {self.node} {said}, {sizes[0]} bytes out, {sizes[1]} err, "
+            f"<NodeResult {printable(str(self.node))} {said}, {sizes[0]} bytes out, {sizes[1]} err, "
             f"{self.timings.total:.2f} s, {tries}>"
         )
 
@@ -209,7 +209,7 @@ def status_text(outcome: Outcome | None, rc: int | None, signal: str | None = No
     if outcome is Outcome.EXITED:
         return f"exit {rc}"
     if outcome is Outcome.SIGNALED:
-        return f"killed by SIG{signal}" if signal else "killed by a signal"
+        return f"killed by SIG{printable(signal)}" if signal else "killed by a signal"
     return outcome.lower()
 
 

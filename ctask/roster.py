@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which workers a task has: scheduled, started, and those of its current run.
 
-The owner begins and ends runs; workers may be added in any thread, by single steps of deques and lists, which are
-atomic.
+The owner begins and ends runs; workers may be added in any thread. One lock guards what is started and the view;
+it is reentrant, since a signal handler may abort, which starts what is scheduled. `_scheduled` is a deque, whose
+single steps are atomic.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,7 @@ class Roster:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._scheduled: deque[Worker] = deque()
         self._started: deque[Worker] = deque()
         self._prune_at = 64
@@ -46,32 +49,36 @@ class Roster:
 
     def started(self, worker: Worker) -> None:
         """Add a worker whose jobs begin now; during a run it is a part of it."""
-        if self._view_over and not self.running:
-            self._view, self._held, self._view_over = [], [], False
-        self._prune()
-        self._started.append(worker)
-        self._view.append(weakref.ref(worker))
-        if self.running:
-            self._held.append(worker)
+        with self._lock:
+            if self._view_over and not self.running:
+                self._view, self._held, self._view_over = [], [], False
+            self._prune()
+            self._started.append(worker)
+            self._view.append(weakref.ref(worker))
+            if self.running:
+                self._held.append(worker)
 
     def begin(self, workers: list[Worker]) -> list[Worker]:
         """Begin a run of these workers and of what has not ended; return what must be started for it."""
-        unfinished = [worker for worker in self._started if not worker.closed]
-        self._held = unfinished + workers
-        self._view = [weakref.ref(worker) for worker in self._held]
-        self._view_over = False
-        self.running = True
-        self._started = deque(self._held)
+        with self._lock:
+            self._forget_closed()
+            self._held = [*self._started, *workers]
+            self._view = [weakref.ref(worker) for worker in self._held]
+            self._view_over = False
+            self.running = True
+            self._started.extend(workers)
         return workers
 
     def end(self) -> None:
         """The run is over; its view stays until the next one, or the next submission."""
-        self.running = False
-        self._view_over = True
+        with self._lock:
+            self.running = False
+            self._view_over = True
 
     def unfinished(self) -> list[Worker]:
         """Return what was started and has not ended."""
-        return [worker for worker in self._started if not worker.closed]
+        with self._lock:
+            return [worker for worker in list(self._started) if not worker.closed]
 
     def view(self) -> list[Worker]:
         """Return the workers of the current run, as far as somebody holds them."""
@@ -92,9 +99,15 @@ class Roster:
     def _prune(self) -> None:
         """Let go of what has ended, each time that their number has doubled."""
         if len(self._started) >= self._prune_at:
-            for _ in range(len(self._started)):
-                worker = self._started.popleft()
-                if not worker.closed:
-                    self._started.append(worker)
+            self._forget_closed()
             self._view = [ref for ref in self._view if ref() is not None]
             self._prune_at = max(64, 2 * len(self._started))
+
+    def _forget_closed(self) -> None:
+        for _ in range(len(self._started)):
+            try:
+                worker = self._started.popleft()
+            except IndexError:  # a signal handler has done the same in between
+                return
+            if not worker.closed:
+                self._started.append(worker)

@@ -7,6 +7,7 @@ Runs in the thread that submits, before anything is sent.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -20,7 +21,7 @@ from ctask.handler import Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet, NodesLike
 from ctask.nodes.names import check as check_name
-from ctask.options import Call, Command, Options, Target, command_of
+from ctask.options import Call, Command, JobOptions, Options, Target, command_of
 from ctask.runtime import Runtime
 from ctask.worker import Worker, add_handlers, text_of
 
@@ -48,7 +49,7 @@ class Submitter:
         self._run = run
         self._options = options
         self._budget = budget
-        self._count = 0
+        self._numbers = itertools.count(1)  # in one step, whichever threads submit
 
     def make(
         self,
@@ -75,11 +76,10 @@ class Submitter:
         if remote and key is not None:
             raise OptionError("key is the label of a local command; a command on nodes has none")
         names = _names(nodes, expect, allow_empty) if remote else NodeSet()
-        self._count += 1
         worker = Worker(
             self._task,
             self._run,
-            self._count,
+            next(self._numbers),
             text_of(command),
             remote=remote,
             apart=call.get("stderr"),
@@ -94,9 +94,16 @@ class Submitter:
             target, limits = call.local()
             line = command_of(command, remote=False, stdin=stdin is not False, pty=call.get("pty"))
             now = self._run.dispatcher.clock()
-            job = Job(self._run, worker, node, target, line, limits, now, _feed(stdin, node))
-            worker.assign([job], [node])
+            worker.assign([self._job(worker, node, target, line, limits, now, stdin)], [node])
         return worker
+
+    def _job(
+        self, worker: Worker, node: Any, target: Target, command: Command, limits: JobOptions, now: float, stdin: Stdin
+    ) -> Job:
+        feed = _feed(stdin, node)
+        if feed is None and command.stdin:  # a function gave this node none: it is to read its end at once
+            command = dataclasses.replace(command, stdin=False)
+        return Job(self._run, worker, node, target, command, limits, now, feed)
 
     def _remote_jobs(self, worker: Worker, command: Any, names: NodeSet, call: Call, stdin: Stdin) -> list[Job]:
         now = self._run.dispatcher.clock()
@@ -104,25 +111,22 @@ class Submitter:
         pty = call.get("pty")
         line = command_of(command, remote=True, stdin=keep_open, pty=pty)
         lines: Callable[[int, str], Command] | None = None
-        checked: set[Target] = set()
+        checked: set[tuple[object, ...]] = set()
         first: list[Job] = []
         last: list[Job] = []
         for rank, node in enumerate(names):
             target, limits = call.resolve(node)
             if target.transport == "local":
                 lines = lines or _per_node(command, len(names), stdin=keep_open, pty=pty)
-                job = Job(
-                    self._run, worker, node, Target("local"), lines(rank, node), limits, now, _feed(stdin, node)
-                )
-                first.append(job)
+                first.append(self._job(worker, node, Target("local"), lines(rank, node), limits, now, stdin))
                 continue
             transport = self._run.transport(target.transport)
             # What is checked of a target is the same for all that differ in their address only.
-            sort = dataclasses.replace(target, address="", port=22)
+            sort = (target.transport, target.identities, target.known_hosts, target.host_key_policy)
             if sort not in checked:
                 transport.check(target)
                 checked.add(sort)
-            job = Job(self._run, worker, node, target, line, limits, now, _feed(stdin, node))
+            job = self._job(worker, node, target, line, limits, now, stdin)
             (last if transport.shunned(target, now) else first).append(job)
         return first + last
 

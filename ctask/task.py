@@ -44,8 +44,10 @@ __all__ = ["Task", "task_self"]
 
 log = logging.getLogger("ctask.task")
 
-#: Seconds after which everything has its outcome when a run's deadline has passed, or after Ctrl-C.
-PROMPT_WITHIN = 1.0
+#: Seconds after which a run returns when its deadline has passed, or after Ctrl-C; and those after which its jobs
+#: have their outcome, so that their last events are delivered before.
+RETURN_WITHIN = 1.0
+PROMPT_WITHIN = 0.8
 
 _numbers = itertools.count(1)
 _local = threading.local()
@@ -353,7 +355,7 @@ class Task(gather.Gathered):
 
     def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool]) -> None:
         self._engine.stop(outcome, error, PROMPT_WITHIN)
-        self._mailbox.pump(done, time.monotonic() + PROMPT_WITHIN)
+        self._mailbox.pump(done, time.monotonic() + RETURN_WITHIN)
 
     def _handler_errors(self) -> HandlerError | None:
         raised, self._mailbox.errors = self._mailbox.errors, []
@@ -416,7 +418,10 @@ class Task(gather.Gathered):
         return self._roster.running
 
     def disconnect(self, nodes: NodesLike | None = None) -> None:
-        """Close the kept connections to these nodes, or all; one that is in use is closed after its last job."""
+        """Close the kept connections to these nodes, or all; one that is in use is closed after its last job.
+
+        Whatever user and other options they were made with; a node is its address and port here.
+        """
         if nodes is None:
             transport("ssh").disconnect(None)
             return

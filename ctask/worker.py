@@ -22,6 +22,7 @@ from ctask.future import Future
 from ctask.handler import EVENTS, Handlers
 from ctask.job import ABORT_WITHIN, Job
 from ctask.nodes import NodeSet
+from ctask.options import seconds
 from ctask.result import Group, NodeResult
 from ctask.runtime import Runtime
 from ctask.states import Outcome
@@ -171,11 +172,21 @@ class Worker(gather.Gathered):
 
         Only waits: neither the deadline nor Ctrl-C ends a job.
         """
-        until = None if deadline is None else time.monotonic() + deadline
-        waited = self.task.wait_for(self.done, until)
+        limit = seconds("deadline", deadline)
+        waited = self.task.wait_for(self.done, None if limit is None else time.monotonic() + limit)
         if waited is None:
-            concurrent.futures.wait(self.futures.values(), deadline)
+            concurrent.futures.wait(self.futures.values(), limit)
         return self.done()
+
+    def check(self) -> None:
+        """Wait until every job has its outcome; return if all have ended well.
+
+        Raises:
+            JobsFailed: the folded failures.
+        """
+        if not self.done():
+            self.wait()
+        super().check()
 
     def results(self) -> Iterator[NodeResult]:
         """Yield each node's `NodeResult` as it ends; never raises for a node."""

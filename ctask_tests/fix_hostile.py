@@ -175,6 +175,8 @@ class _HostileTransport(paramiko.Transport):  # type: ignore[misc]  # paramiko h
     }
 
     def __init__(self, sock: socket.socket, server: HostileServer, script: Script) -> None:
+        # A reset throws away what the kernel still holds, as it would small segments that are not acknowledged.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().__init__(sock, packetizer_class=_QuietPacketizer)
         self.server = server
         self.script = script

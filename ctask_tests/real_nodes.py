@@ -67,4 +67,4 @@ def takes(least: float) -> Iterator[None]:
     began = time.monotonic()
     yield
     spent = time.monotonic() - began
-    assert least <= spent <= least + LATE
+    assert least <= spent <= least + LATE, f"{spent:.3f} s"

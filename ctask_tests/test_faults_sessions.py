@@ -7,8 +7,8 @@ with a healthy node beside the sick one. Runs in the thread of pytest.
 
 from __future__ import annotations
 
+import os
 import pwd
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from ctask import EventHandler, ExecRefused, NodeResult, Outcome, SessionRefused, SessionTimeout, Task, Worker
 from ctask_tests.fix_hostile import Close, Eof, OpenToClient, Out, Script, Status
 from ctask_tests.fix_leaks import wait_until
-from ctask_tests.real_nodes import LATE, WELL, is_well, outcomes, reach, run, task_of
+from ctask_tests.real_nodes import LATE, WELL, is_well, outcomes, reach, run, takes, task_of
 
 if TYPE_CHECKING:
     from ctask_tests.fix_hostile import HostileFactory
@@ -128,15 +128,15 @@ def test_d03_without_a_terminal_to_be_had_nothing_is_run(task: Task, sshd_factor
 
 
 def test_d03_an_account_without_a_shell_says_so(task: Task, sshd: Sshd) -> None:
-    account = next((user for user in pwd.getpwall() if user.pw_shell.endswith("/nologin")), None)
-    if account is None or task.info("user") == pwd.getpwuid(pwd.getpwnam(sshd.user).pw_uid).pw_name != sshd.user:
-        pytest.skip("no account with nologin for a shell")
+    accounts = [user for user in pwd.getpwall() if user.pw_name == "nobody" and user.pw_shell.endswith("/nologin")]
+    if not accounts or os.geteuid() != 0:
+        pytest.skip("needs root, so that sshd can log in another account, and one with nologin for a shell")
     task.node_options("sick", address=sshd.address(2), user="nobody")
     found = outcomes(run(task, "echo never", ["sick", WELL]))
     sick = found["sick"]
     assert (sick.outcome, sick.rc, sick.ok) == (Outcome.EXITED, 1, False)
-    assert "not available" in sick.output
-    assert "never" not in sick.output
+    assert sick.output.count("not available") == 1
+    assert sick.output.count("never") == 0
     assert is_well(found[WELL])
 
 
@@ -148,9 +148,8 @@ def test_d04_an_unanswered_session_ends_at_the_deadline(task: Task, hostile: Hos
     deaf_to_exec = hostile(Script(on_exec="silent"))
     reach(task, "sick1", deaf_to_open)
     reach(task, "sick2", deaf_to_exec)
-    began = time.monotonic()
-    worker = run(task, "true", ["sick1", "sick2", WELL], connect_timeout=1)
-    spent = time.monotonic() - began
+    with takes(1):
+        worker = run(task, "true", ["sick1", "sick2", WELL], connect_timeout=1)
     found = outcomes(worker)
     unopened, unanswered = found["sick1"], found["sick2"]
     assert (unopened.outcome, unopened.phase, unopened.ran) == (Outcome.UNREACHED, "open", False)
@@ -159,10 +158,7 @@ def test_d04_an_unanswered_session_ends_at_the_deadline(task: Task, hostile: Hos
         assert isinstance(result.error, SessionTimeout)
         assert result.rc == 255
         assert "no answer for 1 s" in result.why
-        # One deadline from the dial to exec's reply, in which the wait for a slot does not count.
-        asked = result.timings.total - result.timings["queued"]
-        assert 1 <= asked <= 1 + LATE
-    assert spent >= 1
+        assert 1 <= result.timings.total <= 1 + LATE, "one deadline from the dial to exec's reply"
     assert task.num_timeout() == 0, "not being reached is no timeout"
     assert is_well(found[WELL])
     assert found[WELL].timings.total < 1
@@ -173,11 +169,11 @@ def test_d04_a_connection_that_did_not_answer_gets_no_new_jobs(task: Task, hosti
     reach(task, "sick", server)
     first = outcomes(run(task, "first", "sick", connect_timeout=0.5))["sick"]
     assert isinstance(first.error, SessionTimeout)
-    second = outcomes(run(task, "second", ["sick", WELL], connect_timeout=5))
+    second = outcomes(run(task, ": second", ["sick", WELL], connect_timeout=5))
     assert is_well(second["sick"])
     assert is_well(second[WELL])
     assert server.connections == 2
-    assert server.seen.commands == [b"second"], "what was given up is never sent"
+    assert server.seen.commands == [b": second"], "what was given up is never sent"
 
 
 # -- D05: the node asks for channels -----------------------------------------------------------------------------
@@ -188,7 +184,7 @@ def test_d05_channels_that_the_node_asks_for_are_refused(task: Task, hostile: Ho
     asks = [OpenToClient(kind) for kind in kinds]
     server = hostile(Script(steps=(Out(b"before\n"), *asks, Out(b"after\n"), Status(0), Eof(), Close())))
     reach(task, "sick", server)
-    found = outcomes(run(task, "x", ["sick", WELL]))
+    found = outcomes(run(task, "true", ["sick", WELL]))
     assert is_well(found["sick"])
     assert found["sick"].stdout == b"before\nafter\n"
     assert [kind for kind, _ in server.seen.answers] == list(kinds)

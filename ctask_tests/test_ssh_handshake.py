@@ -137,7 +137,7 @@ def test_lines_before_the_version_are_allowed(sshd: Sshd, banner_server: BannerS
     target = banner_target(sshd.options(), server.endpoint)
     told: list[str] = []
     assert isinstance(broken_off(target, told, lambda: "kex" in told), HandshakeError)
-    assert b"SSH-2.0-" in server.received
+    wait_until(lambda: b"SSH-2.0-" in server.received, what="our version at the server")
 
 
 def broken_off(target: Target, told: list[str], ready: object) -> NodeError:

@@ -133,7 +133,7 @@ class _Making:
         """Go through the phases."""
         version = self._read_version()
         self._enter("kex", on_phase)
-        known = self._known_hosts()
+        known = self._known_hosts(on_phase)
         link = self._handshake(version, known)
         self._enter("hostkey", on_phase)
         self._verify(link, known)
@@ -161,11 +161,12 @@ class _Making:
             raise mapping.wrong_version(line)
         return text
 
-    def _known_hosts(self) -> KnownHosts:
+    def _known_hosts(self, on_phase: Callable[[str], None]) -> KnownHosts:
         target = self._target
         try:
             return hostkeys.load(target.known_hosts, named=target.named_known_hosts)
         except Exception as error:
+            self._enter("hostkey", on_phase)
             raise mapping.host_key_unchecked(error) from error
 
     def _handshake(self, version: str, known: KnownHosts) -> Link:

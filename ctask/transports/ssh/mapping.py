@@ -92,12 +92,14 @@ def quoted(text: str | bytes, limit: int = 120) -> str:
 def no_version(failure: NoVersion) -> NodeError:
     """Return the error for a server that hung up before it named its version."""
     said = failure.said.strip()
-    busy = any(word.encode() in said for word in _BUSY)
+    # A version line that broke off is one of an SSH server all the same.
+    begun = said.rpartition(b"\n")[2][:4]
+    dropped = b"SSH-".startswith(begun) or any(word.encode() in said for word in _BUSY)
     error: ConnectError
     if failure.why == "limit":
         reason = f"no SSH version within {VERSION_LIMIT} bytes; is this an SSH port?"
         error = BannerError(f"{reason} it says {quoted(said, 60)}", phase="banner", kind=reason)
-    elif said and not busy:
+    elif said and not dropped:
         reason = "no SSH server answers there"
         error = HandshakeError(f"{reason}: it says {quoted(said)}", phase="banner", kind=reason)
     else:

@@ -6,6 +6,7 @@ Reading runs in the connection's thread, sending in any; paramiko's own write lo
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from paramiko.packet import Packetizer
@@ -43,6 +44,9 @@ PRIVATE = {
     "Transport._parse_channel_open_failure": "transport.py:2858",
     "Transport._verify_key": "transport.py:1854",
     "Packetizer._Packetizer__write_lock": "packet.py:125",
+    "Packetizer._Packetizer__aead_out": "packet.py:119",
+    "Packetizer._Packetizer__block_size_out": "packet.py:100",
+    "Packetizer._build_packet": "packet.py:676",
     "AuthHandler._parse_userauth_failure": "auth_handler.py:537",
     "Channel._request_success": "channel.py:1023",
     "Channel._request_failed": "channel.py:1029",
@@ -57,6 +61,8 @@ PRIVATE = {
 
 #: Packets before the login is done; sshd sends about ten, and a flood of them would be free for the server.
 HANDSHAKE_PACKETS = 1_000
+#: Bytes that are drawn for the padding of packets at a time.
+RANDOM = 1024
 #: OpenSSH's own limit of one packet. paramiko has none: four bytes of a stranger could ask for 4 GiB.
 PACKET_LIMIT = 256 * 1024 + 64
 
@@ -82,6 +88,8 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
         self._wire = wire
         self._allowed = HANDSHAKE_PACKETS
         self.write_lock: Any = self._Packetizer__write_lock
+        self._random = b""
+        self._random_at = 0
         # On the object until the login is done; afterwards packets pay nothing for it.
         self.read_message = self._read_counted
 
@@ -100,6 +108,18 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
         if not 0 <= n <= PACKET_LIMIT:
             raise TooMuch(f"a packet of {n} bytes")
         return self._wire.read(n)
+
+    def _build_packet(self, payload: bytes) -> bytes:
+        """Frame a payload (RFC 4253, 6). paramiko asks the kernel for each packet's padding, and lets go of the GIL."""
+        if not self._Packetizer__aead_out:
+            return super()._build_packet(payload)  # type: ignore[no-any-return]
+        block = self._Packetizer__block_size_out
+        padding = 3 + block - ((len(payload) + 4) % block)
+        if self._random_at + padding > len(self._random):
+            self._random, self._random_at = os.urandom(RANDOM), 0
+        start, self._random_at = self._random_at, self._random_at + padding
+        head = (len(payload) + padding + 1).to_bytes(4, "big") + bytes((padding,))
+        return head + payload + self._random[start : self._random_at]
 
     def start_handshake(self, timeout: float) -> None:
         """Nothing: paramiko's timer is a thread per connection; ours is the job's deadline."""

@@ -127,7 +127,7 @@ class ConnectionPool:
     def keep(self, connection: SshConnection, *, alone: bool = False) -> None:
         """Add a connection, which takes over its dial's reservation; `alone` retires the target's others."""
         if alone:
-            self.disconnect((connection.target,))
+            self._retire_those(lambda target: target == connection.target)
         with self._lock:
             self._dials = max(0, self._dials - 1)
             self._unreached.pop(connection.target, None)
@@ -155,12 +155,12 @@ class ConnectionPool:
             connection.close()
 
     def disconnect(self, targets: Iterable[Target] | None = None) -> None:
-        """Close the idle connections to these targets, or to all, now, and busy ones after their jobs."""
-        wanted = frozenset(targets) if targets is not None else None
-        with self._lock:
-            chosen = [each for each in self._all if wanted is None or each.target in wanted]
-        for connection in chosen:
-            self.retire(connection)
+        """Close the idle connections to these, or to all, now, and busy ones after their jobs.
+
+        Of a target its address and port are looked at: who disconnects a node means every user's connections.
+        """
+        wanted = {(target.address, target.port) for target in targets} if targets is not None else None
+        self._retire_those(lambda target: wanted is None or (target.address, target.port) in wanted)
 
     # --- the bound: the side that plans dials
 
@@ -261,6 +261,12 @@ class ConnectionPool:
         """Forget everything, without a word to anybody: in the child of a fork, where no connection is ours."""
         self._lock = threading.Lock()
         self._clear()
+
+    def _retire_those(self, wanted: Callable[[Target], bool]) -> None:
+        with self._lock:
+            chosen = [each for each in self._all if wanted(each.target)]
+        for connection in chosen:
+            self.retire(connection)
 
     def _usable(self, connection: SshConnection) -> bool:
         return connection.kept and not connection.retired and not connection.dead

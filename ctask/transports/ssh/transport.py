@@ -127,7 +127,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
     # --- the handshake: the thread that connects
 
     def handshake(self) -> bool:
-        """Start the thread and wait for the first keys; False: the connection ended instead.
+        """Start the thread and wait for the first keys; False: the connection ended before them.
 
         No deadline: shutting the wire ends it.
 
@@ -140,7 +140,8 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         self.start_client(event=done)
         done.wait()
         self.completion_event = None
-        return bool(self.initial_kex_done) and not self.dead
+        # A connection that ended right after them ended in the login, and is told there, as always.
+        return bool(self.initial_kex_done)
 
     def await_event(self, done: threading.Event, ask: Callable[[], None]) -> None:
         """Call `ask`, and wait for `done` or for the connection's end."""
@@ -271,7 +272,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
             self.lock.release()
 
     def _open_now(self, channel: OwnChannel, make: Callable[[], bytes]) -> bool:
-        if not self.wire.writable():
+        if not self.wire.writable(idle=not self._channels):
             return False
         self._enlist(channel)
         # Enlisted is started: whatever comes now, the connection's thread tells its end.
@@ -360,6 +361,9 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         # Nobody parks any more: the flag was set under the lock.
         while self._parked:
             self._parked.popleft()()
+
+    def _parse_debug(self, m: Message) -> None:
+        """Nothing: what a server tells debuggers is not read (paramiko would decode and format it)."""
 
     def _parse_disconnect(self, m: Message) -> None:
         code = m.get_int()

@@ -226,11 +226,17 @@ class Wire:
             waits = waits - 1 if waits is not None else None
         return False
 
-    def writable(self) -> bool:
-        """Whether a small packet can be sent now, without anything left to wait."""
+    def writable(self, *, idle: bool = False) -> bool:
+        """Whether a small packet can be sent now, without anything left to wait.
+
+        Args:
+            idle: nothing runs on the connection, so that the node has taken all that was sent: the kernel is not asked.
+        """
         with self._out:
             if self._closed or self._backlog or self._corked:
                 return False
+            if idle:
+                return True
             if self._poller is None:
                 self._poller = select.poll()
                 self._poller.register(self._sock.fileno(), select.POLLOUT)
