@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ABORT_WITHIN", "Job", "Submission"]
 
 #: Seconds after which an aborted job has its outcome, whatever its node says: callers are promised 2.
-ABORT_WITHIN = 1.8
+ABORT_WITHIN = 1.7
 #: The same after a `timeout`, beyond the grace.
 TIMEOUT_WITHIN = 2.0
 

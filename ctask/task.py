@@ -47,7 +47,7 @@ log = logging.getLogger("ctask.task")
 #: Seconds after which a run returns when its deadline has passed, or after Ctrl-C; and those after which its jobs
 #: have their outcome, so that their last events are delivered before.
 RETURN_WITHIN = 1.0
-PROMPT_WITHIN = 0.8
+PROMPT_WITHIN = 0.7
 
 _numbers = itertools.count(1)
 _local = threading.local()

@@ -210,7 +210,7 @@ def test_without_being_asked_for_there_is_no_terminal(task: Task) -> None:
 
 
 def test_p15_a_terminal_ends_its_command_where_ctask_ends_the_job(task: Task, sshd: Sshd) -> None:
-    worker = task.shell("echo $$; exec sleep 60", nodes=[WELL], pty=True)
+    worker = task.shell("echo $$; exec sleep 50", nodes=[WELL], pty=True)
     worker.on("read", lambda worker, node, sname, msg: worker.abort())
     task.resume()
     result = outcomes(worker)[WELL]

@@ -212,7 +212,7 @@ def test_e12_input_that_nobody_reads_holds_nobody_up(task: Task, command: str) -
 
 def test_e12_a_command_that_never_reads_is_ended_with_its_input(task: Task) -> None:
     with takes(0.5):
-        worker = run(task, "exec sleep 60", [WELL], stdin=bytes(MUCH), timeout=0.5)
+        worker = run(task, "exec sleep 50", [WELL], stdin=bytes(MUCH), timeout=0.5)
     assert outcomes(worker)[WELL].outcome is Outcome.TIMEOUT
     assert is_well(outcomes(run(task, "true", [WELL]))[WELL])
 

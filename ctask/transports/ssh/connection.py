@@ -25,6 +25,7 @@ from ctask.transports.ssh.channel import SshSession
 from ctask.transports.ssh.hostkeys import KnownHosts
 from ctask.transports.ssh.transport import Link
 from ctask.transports.ssh.wire import NoVersion, Wire
+from ctask.transports.watcher import Timer
 
 if TYPE_CHECKING:
     from ctask.transports.ssh.pool import ConnectionPool
@@ -48,6 +49,7 @@ class SshConnection:
         retired: it takes no new jobs.
         idle_since: when its last place came back.
         timer: when the pool looks at it next; 0 for never.
+        alarm: the watcher's timer for that.
     """
 
     def __init__(self, pool: ConnectionPool, target: Target, link: Link) -> None:
@@ -59,6 +61,7 @@ class SshConnection:
         self.retired = False
         self.idle_since = 0.0
         self.timer = 0.0
+        self.alarm: Timer | None = None
         self._pool = pool
 
     def __repr__(self) -> str:

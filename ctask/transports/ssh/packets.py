@@ -39,6 +39,7 @@ PRIVATE = {
     "Transport._really_parse_kex_init": "transport.py:2331",
     "Transport._latest_kex_init": "transport.py:2328",
     "Transport._parse_newkeys": "transport.py:2755",
+    "Transport._parse_debug": "transport.py:3008",
     "Transport._parse_disconnect": "transport.py:2783",
     "Transport._parse_channel_open_success": "transport.py:2836",
     "Transport._parse_channel_open_failure": "transport.py:2858",

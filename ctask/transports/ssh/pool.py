@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -286,6 +287,8 @@ class ConnectionPool:
         self._all.pop(connection, None)
         self._idle.pop(connection, None)
         self._served.discard(connection)
+        if connection.alarm is not None:
+            connection.alarm.cancel()
 
     def _take_waiters(self) -> list[Callable[[], None]]:
         """Take those who wait for room, where there is some; under the lock."""
@@ -300,8 +303,16 @@ class ConnectionPool:
         if connection.timer and now < connection.timer + _LATE:
             return
         connection.timer = now + after
+        # The timer outlives a connection that is lost: it is not to keep it, and all that hangs on it, until then.
+        seen = weakref.ref(connection)
+
+        def look() -> None:
+            found = seen()
+            if found is not None:
+                self._expire(found)
+
         try:
-            watcher().at(connection.timer, lambda: self._expire(connection))
+            connection.alarm = watcher().at(connection.timer, look)
         except (RuntimeError, OSError):  # no thread or descriptor for a watcher: nothing is kept then
             self.retire(connection)
 

@@ -119,7 +119,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         self._preferred_keys = key_types
         # A strong map: paramiko's weak one sends CLOSE from whatever thread collects a channel.
         self._channels = _Channels()
-        self.channels_seen = _BelowCounter(self)
+        self.channels_seen: Any = _BelowCounter(self)
         self._channel_handler_table = _LATE
         self._handler_table[MSG_CHANNEL_OPEN_SUCCESS] = self._opened
         self._handler_table[MSG_CHANNEL_OPEN_FAILURE] = self._open_failed
@@ -327,6 +327,16 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
             self.wire.close()
             if self._waiter is not None:
                 self._waiter.set()
+            self._untie()
+
+    def _untie(self) -> None:
+        """Let go of what leads back here, so that a lost connection is freed at once and not by a later collection."""
+        self._handler_table: dict[int, Any] = {}
+        self._channels.clear()
+        self.channels_seen = {}
+        self.on_dead = None
+        if self.saved_exception is not None:
+            self.saved_exception.__traceback__ = None
 
     def _check_banner(self) -> None:
         # Read and judged already, by the thread that connects: a server that says nothing costs no second
