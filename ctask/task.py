@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -52,6 +53,8 @@ PROMPT_WITHIN = 0.7
 _numbers = itertools.count(1)
 _local = threading.local()
 _tasks: weakref.WeakSet[Task] = weakref.WeakSet()
+#: what the ends of threads call
+_endings: set[weakref.finalize[[], _Sentinel]] = set()
 
 
 def task_self() -> Task:
@@ -61,7 +64,10 @@ def task_self() -> Task:
         task = _local.task = Task(_thread=threading.current_thread())
         # The thread's end drops what is local to it: then the task ends what still runs, and its threads.
         _local.sentinel = sentinel = _Sentinel()
-        weakref.finalize(sentinel, task.close).atexit = False
+        ending = weakref.finalize(sentinel, task.close)
+        ending.atexit = False
+        _endings.difference_update([one for one in list(_endings) if not one.alive])
+        _endings.add(ending)
     return task
 
 
@@ -461,5 +467,12 @@ def all_tasks() -> list[Task]:
 
 def forget_tasks() -> None:
     """Let `task_self()` make new ones; the threads of the old ones have ended."""
+    for ending in _endings:
+        ending.detach()
+    _endings.clear()
     _tasks.clear()
     _local.__dict__.clear()
+
+
+# A forked child has none of the threads, and begins with no task. What its parent runs is the parent's.
+os.register_at_fork(after_in_child=forget_tasks)

@@ -114,7 +114,7 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
         """Frame a payload (RFC 4253, 6). paramiko asks the kernel for each packet's padding, and lets go of the GIL."""
         if not self._Packetizer__aead_out:
             return super()._build_packet(payload)  # type: ignore[no-any-return]
-        block = self._Packetizer__block_size_out
+        block: int = self._Packetizer__block_size_out
         padding = 3 + block - ((len(payload) + 4) % block)
         if self._random_at + padding > len(self._random):
             self._random, self._random_at = os.urandom(RANDOM), 0
