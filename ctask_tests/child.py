@@ -46,7 +46,7 @@ class Child:
     """
 
     def __init__(self, program: str, **given: Any) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", PRELUDE.format(given=given) + program],
             cwd=ROOT,

@@ -142,7 +142,7 @@ def test_a11_a_time_limit_is_a_number_or_none(task: Task, fake: FakeTransport, n
     fine = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0)
     fake.sessions.clear()
     if fine and (not value or float(value) > 5):  # type: ignore[arg-type]
-        task.run("true", nodes="n1", **{name: value})
+        task.run("true", nodes="n1", **{name: value})  # type: ignore[call-overload]
         assert task.node_buffer("n1") == "ok"
         assert task.num_timeout() == 0
     elif not fine:
@@ -191,7 +191,7 @@ def test_a11_a_fan_out_is_a_positive_whole_number(task: Task, fake: FakeTranspor
 
 def test_run_without_a_command_takes_a_time_only(task: Task) -> None:
     with pytest.raises(OptionError, match="without a command there is no nodes"):
-        task.run(nodes="n1")
+        task.run(nodes="n1")  # type: ignore[call-overload]
 
 
 def test_a04_a_node_that_is_named_twice_runs_once(task: Task, fake: FakeTransport) -> None:
@@ -233,7 +233,7 @@ def test_bad_input_on_real_nodes_makes_no_connection(task: Task, sshd: Sshd) -> 
     for arguments in ({"timeout": -1}, {"expect": 2}, {"stdin": None}, {"command": "a\0b"}):
         given = {"nodes": NODE, "command": "true", **sshd.options(), **arguments}
         with pytest.raises(UsageError):
-            task.run(**given)
+            task.run(**given)  # type: ignore[call-overload]
     # The next one that is right is the first that the server hears of.
     task.run("true", nodes=NODE, **sshd.options())
     assert sshd.log(before).count("Connection from") == 1

@@ -141,7 +141,7 @@ def test_a_closed_task_says_so(fake: FakeTransport) -> None:
 
 def test_results_by_node(task: Task, fake: FakeTransport) -> None:
     task.run("x", nodes="a[1-3],bad,mute")
-    assert [(out, str(at)) for out, at in task.iter_buffers()] == [("two", "a[2-3],bad"), ("one", "a1")]
+    assert [(out, str(at)) for out, at in task.iter_buffers()] == [("two", "a[2-3],bad"), ("one", "a1")]  # type: ignore[comparison-overlap]
     assert isinstance(next(task.iter_buffers())[1], NodeSet)
     assert [str(at) for _, at in task.iter_buffers("a3")] == ["a3"]
     assert [str(at) for _, at in task.iter_buffers(["a1", "bad"])] == ["a1", "bad"]
@@ -177,7 +177,7 @@ def test_many_nodes_of_two_workers_are_merged_in_no_time(task: Task, fake: FakeT
         task.shell("x", nodes="n[1-3000]")
     task.resume()
     found = list(task.iter_buffers())  # pytest-timeout sees what is quadratic
-    assert [(out, len(at)) for out, at in found] == [("ok", 3000)]
+    assert [(out, len(at)) for out, at in found] == [("ok", 3000)]  # type: ignore[comparison-overlap]
 
 
 def test_streams_are_one_unless_they_are_wanted_apart(task: Task, fake: FakeTransport) -> None:
@@ -189,7 +189,7 @@ def test_streams_are_one_unless_they_are_wanted_apart(task: Task, fake: FakeTran
     task.run("x", nodes="err", stderr=True, handler=story)
     assert task.node_buffer("err") == "out"
     assert task.node_error("err") == "oops"
-    assert [(out, str(at)) for out, at in task.iter_errors()] == [("oops", "err")]
+    assert [(out, str(at)) for out, at in task.iter_errors()] == [("oops", "err")]  # type: ignore[comparison-overlap]
     assert story.given("read") == [("stderr", b"oops"), ("stdout", b"out")]
 
 
@@ -286,7 +286,7 @@ def test_h16_results_can_be_read_before_the_end(task: Task, fake: FakeTransport)
     session = next(session for session in fake.sessions if session.connection.target.address == "hang")
     act(fake, session, Step("out", b"half"))
     wait_until(lambda: task.node_buffer("hang") == "half")
-    assert [(out, str(at)) for out, at in task.iter_buffers()] == [("one", "a1"), ("half", "hang")]
+    assert [(out, str(at)) for out, at in task.iter_buffers()] == [("one", "a1"), ("half", "hang")]  # type: ignore[comparison-overlap]
     assert list(task.iter_retcodes()) == [(0, NodeSet("a1"))]
     act(fake, session, Step("out", b" more"), Step("exit", status=1), Step("end"))
     worker.wait()
@@ -330,7 +330,7 @@ def test_a_passed_deadline_ends_what_runs_and_keeps_what_came(
     story = Recorder()
     worker = task.shell("x", nodes="a1,hang", handler=story)
     with pytest.raises(TaskTimeout) as caught:
-        task.run(**spelling)
+        task.run(**spelling)  # type: ignore[call-overload]
     assert isinstance(caught.value, TimeoutError)
     assert not task.running()
     assert task.node_buffer("a1") == "one"

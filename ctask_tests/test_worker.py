@@ -87,7 +87,8 @@ def test_sets_can_be_read_while_it_runs(task: Task, fake: FakeTransport) -> None
     assert worker.failed == NodeSet()
     assert worker.exit_code() == 3  # not ended is not well
     assert not worker.done()
-    assert [(str(group.nodes), group.outcome) for group in worker.groups()] == [("n[1-2]", Outcome.EXITED), ("hang", None)]
+    looks = [(str(group.nodes), group.outcome) for group in worker.groups()]
+    assert looks == [("n[1-2]", Outcome.EXITED), ("hang", None)]
 
 
 def test_every_node_is_in_one_group(mixed: Worker) -> None:
@@ -146,7 +147,7 @@ def test_a_node_that_was_not_reached(task: Task, sshd: Sshd) -> None:
         task.node_options("gone", address=address, port=port)
         task.node_options("fine", address=sshd.address(1), port=sshd.port)
         options = {key: value for key, value in sshd.options().items() if key != "port"}
-        worker = task.run("echo hi", nodes="gone,fine", handler=story, **options)
+        worker = task.run("echo hi", nodes="gone,fine", handler=story, **options)  # type: ignore[call-overload]
     assert worker is not None
     assert worker.ok == NodeSet("fine")
     assert worker.unreached == worker.not_run == worker.failed == NodeSet("gone")
@@ -241,7 +242,7 @@ def test_as_a_context_manager_it_waits(task: Task) -> None:
 
 def test_an_exception_that_leaves_the_block_aborts(task: Task, fake: FakeTransport) -> None:
     began = time.monotonic()
-    with pytest.raises(ZeroDivisionError), task.submit("x", nodes="n1,hang") as worker:
+    with pytest.raises(ZeroDivisionError), task.submit("x", nodes="n1,hang") as worker:  # noqa: PT012 (the block is it)
         worker.result("n1")
         raise ZeroDivisionError
     assert time.monotonic() - began < 3
