@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of everything: what is done before the interpreter exits, and what a forked child forgets.
+"""The end of everything: what is done before the interpreter exits.
 
 Registered once, when ctask is imported; runs in the main thread while the interpreter ends.
 """

@@ -36,7 +36,7 @@ _STATES = {
     "gone": "ended: seen to be gone",
     "alive": "told to end, and still there",
     "left": "left running",
-    "unknown": "ended: unknown whether it still runs",
+    "unknown": "unknown whether it still runs",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ class ConnectionMaking(Making["Job"]):
         try:
             connection = self._transport.connect(self.target, sock, self.phase)
         except NodeError as error:
+            _let_go(error)
             self._run.post(self, self._failed, error)
         except Exception as error:  # noqa: BLE001 (whose ever it is, it must not leave the jobs waiting)
             failure = ConnectError(f"the handshake failed: {error!r}", phase=self.where)
@@ -174,3 +176,12 @@ class ConnectionMaking(Making["Job"]):
             job.left_making(now)
             job.fresh = False
         self._run.plan.made(self)
+
+
+def _let_go(error: NodeError) -> None:
+    """Drop what the frames of a failure hold: who keeps the error must not keep its connection and its worker."""
+    error.__traceback__ = None
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__

@@ -83,6 +83,9 @@ class Task(gather.Gathered):
 
     Attributes:
         thread: the thread that owns it: handlers run there.
+
+    Thread safety: every method may be called in any thread; `run`, `resume` and `join` say what they do elsewhere than
+    in the owner's.
     """
 
     def __init__(self, *, _thread: threading.Thread | None = None) -> None:

@@ -231,7 +231,7 @@ def test_who_failed_without_having_ended_is_in_trouble() -> None:
     assert account(worker).splitlines() == [
         "3 nodes in 2.1 s: 1 exit 0 · 2 in trouble",
         "  tcp: no answer for 10 s  n2  not run",
-        "  timeout after 30 s       n3  ended: unknown whether it still runs",
+        "  timeout after 30 s       n3  unknown whether it still runs",
     ]
 
 
@@ -253,12 +253,12 @@ def test_a_run_that_goes_on_has_an_account() -> None:
 
 DETAILS: list[tuple[NodeResult, str]] = [
     (timed_out("n1", "gone"), "ended: seen to be gone"),
-    (timed_out("n1", "unknown"), "ended: unknown whether it still runs"),
+    (timed_out("n1", "unknown"), "unknown whether it still runs"),
     (timed_out("n1", "alive"), "told to end, and still there"),
     (timed_out("n1", "left"), "left running"),
     (timed_out("n1", None), "ran"),
     (timed_out("n1", None, ran=False), "not run"),
-    (timed_out("n1", "unknown", ran=None), "may have run; ended: unknown whether it still runs"),
+    (timed_out("n1", "unknown", ran=None), "may have run; unknown whether it still runs"),
     (
         ended("n1", Outcome.LOST, rc=255, error=ConnectionLost(phase="running"), ran=None),
         "may have run, and may still run",

@@ -48,7 +48,7 @@ if [ $n -le 90 ]; then echo fine
 elif [ $n -le 98 ]; then exit 1
 elif [ $n -le 104 ]; then kill -9 $$
 elif [ $n -le 108 ]; then cat
-elif [ $n -le 112 ]; then kill -9 $PPID; cat
+elif [ $n -le 112 ]; then sleep 0.3; kill -9 $PPID; cat
 else echo stop me; cat; fi'''
 
 def read(worker, node, sname, msg):

@@ -8,11 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ctask import (
     Aborted,
+    AuthRejected,
     CommandFailed,
     ConnectionLost,
     ConnectRefused,
@@ -23,6 +26,7 @@ from ctask import (
     OptionError,
     Outcome,
     Task,
+    UnknownHostKey,
     Worker,
     task_self,
 )
@@ -352,3 +356,25 @@ def test_dropping_a_worker_frees_it_and_results_outlive_it(task: Task, fake: Fak
     assert ref() is None
     assert kept.stdout == "fine\n"
     assert kept.check() is kept
+
+
+def test_a_kept_error_keeps_neither_its_connection_nor_its_worker(task: Task, sshd: Sshd, tmp_path: Path) -> None:
+    nobody = tmp_path / "known_hosts"
+    nobody.touch()
+    options: Any = {**sshd.options(), "known_hosts": str(nobody)}
+    stranger: Any = {**sshd.options(), "identity": sshd.new_key("stranger")}
+    workers = [task.submit("true", nodes=sshd.nodes(3), **given) for given in (options, stranger)]
+    errors = [future.exception() for worker in workers for future in worker]
+    assert [type(error) for error in errors] == [UnknownHostKey] * 3 + [AuthRejected] * 3
+    refs = [weakref.ref(worker) for worker in workers]
+    del workers
+    task.run("true", nodes=sshd.address(1), **sshd.options())
+    task.disconnect()
+
+    def gone() -> bool:
+        gc.collect()
+        links = [found for found in gc.get_objects() if type(found).__name__ == "Link"]
+        return not links and [ref() for ref in refs] == [None, None]
+
+    wait_until(gone, what="the connections and the workers are freed")
+    assert all(str(error) for error in errors)
