@@ -157,8 +157,15 @@ class Engine:
             if self._pool is not None:
                 try:
                     self._pool.submit(_logged, call, args)
-                except RuntimeError:  # the interpreter ends: nothing new is begun
-                    log.debug("%s: not begun, the interpreter ends: %r", self._name, call)
+                except RuntimeError as error:
+                    self._unworked(call, error)
+
+    def _unworked(self, call: Callable[..., None], error: RuntimeError) -> None:
+        """No thread can be started, or the interpreter ends: whoever waits for this is told."""
+        log.debug("%s: not begun: %r", self._name, call, exc_info=error)
+        subject = getattr(call, "__self__", None)
+        if isinstance(subject, (Job, ConnectionMaking)):
+            self.dispatcher.post(subject, subject.broken, error)
 
 
 def _logged(call: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -37,6 +37,8 @@ class ConnectionMaking(Making["Job"]):
         self._transport = run.transport(target.transport)
         self._dial: Dial | None = None
         self._sock: socket.socket | None = None
+        # Whether the descriptor that the plan reserved for the dial is still ours to give back.
+        self._reserved = True
         #: where it is, in the words of `ctask.states.PHASES`; `queued` while it waits for its slot
         self.where = "queued"
         # Phases that other threads have come to, with their times. They are not posts: a cold connection would make
@@ -71,10 +73,12 @@ class ConnectionMaking(Making["Job"]):
                 pass  # the peer was quicker
         elif self._dial is not None:
             self._dial.drop()
-            self._transport.unreserve()
+            self._unreserve()
 
     def broken(self, error: Exception) -> None:
-        """Something in here raised: the jobs that wait end with it."""
+        """Something in here raised, or no thread can be started: the jobs that wait end with it."""
+        if self._sock is not None:
+            self._sock.close()
         self._failed(LocalResource(f"ctask failed: {error!r}", phase=self.where))
 
     # -- the watcher's listener: called in the watcher's thread --------------------------------------------------
@@ -119,6 +123,11 @@ class ConnectionMaking(Making["Job"]):
         for job in self.jobs:
             job.timeline.enter(name, now)
 
+    def _unreserve(self) -> None:
+        if self._reserved:
+            self._reserved = False
+            self._transport.unreserve()
+
     def catch_up(self) -> None:
         """Enter the phases that other threads have stamped."""
         while self._stamps:
@@ -146,7 +155,7 @@ class ConnectionMaking(Making["Job"]):
             return
         self.catch_up()
         now = self._run.dispatcher.clock()
-        self._transport.unreserve()
+        self._unreserve()
         for job in self.jobs:
             job.left_making(now)
         self._run.plan.hung_up(self)
@@ -154,7 +163,7 @@ class ConnectionMaking(Making["Job"]):
     def _failed(self, error: NodeError) -> None:
         if self._sock is None and self.stage is Stage.OVER:
             return  # dropped while the watcher's word was under way: cancel() has seen to the rest
-        self._transport.unreserve()
+        self._unreserve()
         if self.stage is Stage.OVER:
             return
         self.catch_up()
@@ -167,6 +176,7 @@ class ConnectionMaking(Making["Job"]):
 
     def _made(self, connection: Connection) -> None:
         # Also when nobody waits any more: it stands, and the next one may use it.
+        self._reserved = False  # it is the connection's now
         self._transport.keep(connection, alone=any(job.fresh for job in self.jobs))
         if self.stage is Stage.OVER:
             return

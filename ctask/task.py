@@ -375,13 +375,15 @@ class Task(gather.Gathered):
         if error is not None:
             raise error
 
-    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None:
-        """See `ctask.future.Waiting`."""
+    def wait_for(
+        self, done: Callable[[], bool], until: float | None, heard: Callable[[], bool] | None = None
+    ) -> bool | None:
+        """See `ctask.future.Waiting`; where handlers can run meanwhile, wait for `heard()` in place of `done()`."""
         if threading.get_ident() == self._engine.dispatcher.ident:
             raise WrongThread("this would wait in a done-callback, which runs in the dispatcher")
         if threading.current_thread() is not self.thread:
             return None
-        return self._mailbox.pump(done, until)
+        return self._mailbox.pump(done if heard is None or self._mailbox.busy else heard, until)
 
     # -- a thread of its own ---------------------------------------------------------------------------------
 

@@ -33,7 +33,9 @@ __all__ = ["Owner", "Worker"]
 class Owner(Protocol):
     """The task, as far as its workers need it."""
 
-    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None: ...
+    def wait_for(
+        self, done: Callable[[], bool], until: float | None, heard: Callable[[], bool] | None = None
+    ) -> bool | None: ...
 
 
 class Worker(gather.Gathered):
@@ -170,10 +172,12 @@ class Worker(gather.Gathered):
     def wait(self, deadline: float | None = None) -> bool:
         """Wait until every job has its outcome; return False when `deadline` seconds have passed before.
 
-        Only waits: neither the deadline nor Ctrl-C ends a job.
+        In the task's own thread its handlers have been called by then, unless it is a handler that waits. Only
+        waits: neither the deadline nor Ctrl-C ends a job.
         """
         limit = seconds("deadline", deadline)
-        waited = self.task.wait_for(self.done, None if limit is None else time.monotonic() + limit)
+        until = None if limit is None else time.monotonic() + limit
+        waited = self.task.wait_for(self.done, until, lambda: self.closed)
         if waited is None:
             concurrent.futures.wait(self.futures.values(), limit)
         return self.done()

@@ -81,7 +81,13 @@ class LocalTransport:
         begun = [session.started(until) for session in tuple(all_sessions) if not session.drop()]
         processes = [process for process in begun if process is not None and process.ended is None]
         if processes:
-            end_sessions(processes, grace, grace + 0.5, watcher().at)
+            states = end_sessions(processes, grace, grace + 0.5, watcher().at)
+            # The watcher, which is closed next, has still to reap them.
+            until = time.monotonic() + TELL
+            while any(states[process] == "gone" and process.ended is None for process in processes):
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.001)
 
     def living(self) -> int:
         """Return how many processes of local commands run. Any thread."""
