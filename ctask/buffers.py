@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections import deque
-from typing import Any, Self, SupportsIndex
+from typing import Any, Protocol, Self, SupportsIndex
 
 from ctask.errors import LocalResource
 
@@ -363,21 +363,17 @@ class Capture:
         return (self.output, self.stdout, self.stderr)[stream]()
 
 
-class Reader:
+class Reader(Protocol):
     """Takes what was stored, once, in order of arrival. Owner only, but for `unread`."""
-
-    __slots__ = ()
 
     def take(self, limit: int) -> list[tuple[int, bytes]]:
         """Return at most about `limit` bytes that were not taken yet, as runs of one stream each."""
-        raise NotImplementedError  # pragma: no cover
 
     def unread(self) -> bool:
         """Whether there is more to take."""
-        raise NotImplementedError  # pragma: no cover
 
 
-class _Cursors(Reader):
+class _Cursors:
     """Over a `Capture`, which keeps what was read."""
 
     __slots__ = ("_at", "_capture", "_cursors", "_run")
@@ -471,7 +467,7 @@ class _Cursor:
         assert position <= start
 
 
-class Loose(Reader):
+class Loose:
     """`gather=False`: chunks wait here for their handlers and are gone when they have had them."""
 
     __slots__ = ("_chunks", "total")

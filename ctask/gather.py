@@ -6,6 +6,7 @@ Any thread may look at any time: what runs still shows what is there now.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -102,14 +103,15 @@ def _merged(piles: Iterable[_Pile]) -> list[_Pile]:
     return list(looks.values())
 
 
-class Gathered:
+class Gathered(abc.ABC):
     """Results of one or several workers. The names are ClusterShell's.
 
     Thread safety: every method may be called in any thread, also while commands run.
     """
 
+    @abc.abstractmethod
     def _sources(self) -> Sequence[Source]:
-        raise NotImplementedError  # pragma: no cover
+        """Return the workers that are looked at."""
 
     def _cells(self, match: Container[Any] | None = None) -> Iterator[tuple[Source, Cell]]:
         for source in self._sources():
