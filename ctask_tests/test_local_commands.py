@@ -29,6 +29,8 @@ from ctask import (
     UsageError,
     Worker,
 )
+from ctask.testing import close_everything
+from ctask.transports.watcher import watcher
 from ctask_tests.fix_leaks import process_table, wait_until
 from ctask_tests.real_nodes import WELL, is_well, outcomes, run, takes, task_of
 
@@ -323,7 +325,11 @@ def test_the_deadline_of_a_run_ends_local_commands_within_a_second(task: Task) -
     assert only(stubborn).remote_state in ("unknown", "alive"), "the promise comes before the grace"
     pid = int(only(stubborn).stdout)
     assert runs(pid), "its grace of 5 s is not over"
+    watcher().call(lambda: time.sleep(0.2))  # who reaps is busy when the command ends
     os.killpg(pid, signal.SIGKILL)
+    assert close_everything()
+    with pytest.raises(ChildProcessError):  # no zombie is left
+        os.waitpid(pid, os.WNOHANG)
 
 
 def test_f05_what_a_local_command_leaves_behind_stays(task: Task) -> None:

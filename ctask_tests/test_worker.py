@@ -217,6 +217,23 @@ def test_wait_only_waits(task: Task, fake: FakeTransport) -> None:
     assert worker.wait()
 
 
+def test_after_wait_the_handlers_have_been_called(task: Task, fake: FakeTransport) -> None:
+    story = Recorder()
+    with task.submit("x", nodes="n[1-50]", handler=story) as worker:
+        wait_until(worker.done)
+    assert story.names().count("done") == 50
+    assert story.names()[-1] == "close"
+
+    def wait(worker: Worker, timedout: bool) -> None:
+        assert other.wait(10)  # a handler's wait calls no handlers
+
+    story.events.clear()
+    other = task.submit("x", nodes="n1", handler=story)
+    task.submit("x", nodes="n2", on_close=wait).wait()
+    other.wait()
+    assert story.names()[-1] == "close"
+
+
 def test_wait_in_another_thread_waits_without_handlers(task: Task, fake: FakeTransport) -> None:
     story = Recorder()
     worker = task.submit("x", nodes="n[1-3]", handler=story)

@@ -78,16 +78,16 @@ class LocalTransport:
         ended by itself left in the background stays. Any thread but the watcher's.
         """
         until = time.monotonic() + TELL
-        begun = [session.started(until) for session in tuple(all_sessions) if not session.drop()]
-        processes = [process for process in begun if process is not None and process.ended is None]
-        if processes:
-            states = end_sessions(processes, grace, grace + 0.5, watcher().at)
-            # The watcher, which is closed next, has still to reap them.
-            until = time.monotonic() + TELL
-            while any(states[process] == "gone" and process.ended is None for process in processes):
-                if time.monotonic() >= until:
-                    break
-                time.sleep(0.001)
+        begun = {session: session.started(until) for session in tuple(all_sessions) if not session.drop()}
+        living = [process for process in begun.values() if process is not None and process.ended is None]
+        states = end_sessions(living, grace, grace + 0.5, watcher().at) if living else {}
+        # The watcher, which may be closed next, has still to reap them and to close their pipes.
+        over = [one for one, process in begun.items() if process is None or states.get(process, "gone") == "gone"]
+        for session in over:
+            session.wind_up()
+        until = time.monotonic() + TELL
+        while any(session in all_sessions for session in over) and time.monotonic() < until:
+            time.sleep(0.001)
 
     def living(self) -> int:
         """Return how many processes of local commands run. Any thread."""
