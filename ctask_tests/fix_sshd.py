@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import os
 import pwd
 import re
@@ -161,8 +162,13 @@ class Sshd:
         return write_known_hosts(path, [*nodes, *endpoints], self.host_key_lines)
 
     def new_key(self, name: str, *, passphrase: str = "", kind: str = "ed25519") -> str:
-        """Make a key that the server does not accept (see `authorize`); return its private half's path."""
-        return make_key(self.folder / name, kind=kind, passphrase=passphrase)
+        """Make a key that the server does not accept (see `authorize`); return its private half's path.
+
+        One of its own each time, also where tests that share the server choose the same name.
+        """
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        path = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+        return make_key(path, kind=kind, passphrase=passphrase)
 
     def authorize(self, identity: str, *, options: str = "") -> None:
         """Accept one more key, with the options of an authorized_keys line ('command="…"')."""

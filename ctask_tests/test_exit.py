@@ -190,6 +190,9 @@ workers = task.workers
 wait_until(lambda: all(worker.done() for worker in workers))
 say(sorted({result.outcome.name for worker in workers for result in worker.results()}))
 close_everything()
+until = time.monotonic() + 2
+while threading.active_count() > 1 and time.monotonic() < until:
+    time.sleep(0.005)  # they are on their last lines
 say(sorted(thread.name for thread in threading.enumerate()))
 """
 
