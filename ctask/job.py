@@ -32,6 +32,8 @@ __all__ = ["ABORT_WITHIN", "Job", "Submission"]
 ABORT_WITHIN = 1.7
 #: The same after a `timeout`, beyond the grace.
 TIMEOUT_WITHIN = 2.0
+#: Seconds before the promise at which the ending of a session has to say what it knows.
+WORD_BEFORE = 0.1
 
 
 class Submission(Protocol):
@@ -358,7 +360,8 @@ class Job:
         assert self._connection is not None
         self._ending = (outcome, error)
         self._at(self.run.dispatcher.clock() + within, self.promised)
-        self.run.work(self._end_slowly, self._connection, session, within)
+        # Its word is to come before the promise: what is known by then is told.
+        self.run.work(self._end_slowly, self._connection, session, max(0.0, within - WORD_BEFORE))
 
     def _end_slowly(self, connection: Connection, session: Session, within: float) -> None:
         """End the remote session. Pool."""

@@ -230,23 +230,23 @@ def test_f05_close_frees_a_session_that_only_a_child_holds(sshd_factory: SshdFac
     server = sshd_factory("MaxSessions 1")
     with connected(target_for(server.options(), server.address(1))) as connection:
         sink = RecordingSink()
-        session = connection.prepare(Command(line=b"sleep 60 & exit 7"), sink)
+        session = connection.prepare(Command(line=b"sleep 60.%d & exit 7" % os.getpid()), sink)
         session.start()
         wait_until(lambda: sink.status == 7, what="the status, which does not wait for the child")
         session.close()
         assert sink.wait().error is None
-        assert run(connection, b"pkill -f 'sleep 6[0]'").status == 0
+        assert run(connection, b"pkill -f 'sleep [6]0.%d'" % os.getpid()).status == 0
 
 
 def test_close_leaves_a_command_that_runs(sshd: Sshd) -> None:
     with connected(target_for(sshd.options(), sshd.address(1))) as connection:
         sink = RecordingSink()
-        session = started(connection, Command(line=b"exec sleep 61"), sink)
+        session = started(connection, Command(line=b"exec sleep 61.%d" % os.getpid()), sink)
         session.close()
-        assert run(connection, b"pgrep -f 'sleep 6[1]'").status == 0
+        assert run(connection, b"pgrep -f 'sleep [6]1.%d'" % os.getpid()).status == 0
         # sshd keeps the session for as long as its command runs, and says so only then.
         assert sink.events == ["exec", "running"]
-        assert run(connection, b"pkill -f 'sleep 6[1]'").status == 0
+        assert run(connection, b"pkill -f 'sleep [6]1.%d'" % os.getpid()).status == 0
         assert sink.wait().error is None
 
 
