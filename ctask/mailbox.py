@@ -30,6 +30,8 @@ SLICE = 256 * 1024
 LONGEST_LINE = 1024 * 1024
 #: Bytes of a task that may be on their way from the connections' threads to the store.
 AFLOAT = 16 << 20
+#: Seconds after which the main thread looks for a signal whose moment was missed.
+SIGNALS = 0.25
 
 
 class Credited(Protocol):
@@ -354,14 +356,12 @@ class Mailbox:
             self.ring()  # what came meanwhile is for the pump outside
 
     def _sleep(self, until: float | None) -> bool:
-        if until is None:
-            # A lock's wait without a limit is broken by signals as well; see threading.Lock.acquire.
-            self._bell.acquire()
-            return True
-        left = until - time.monotonic()
+        left = threading.TIMEOUT_MAX if until is None else until - time.monotonic()
         if left <= 0:
             return False
-        self._bell.acquire(True, min(left, threading.TIMEOUT_MAX))
+        # A signal breaks this wait, but not one that comes while the thread is on its way into it.
+        main = threading.current_thread() is threading.main_thread()
+        self._bell.acquire(True, min(left, SIGNALS if main else threading.TIMEOUT_MAX))
         return True
 
     def _deliver(self, done: Callable[[], bool], until: float | None) -> None:
