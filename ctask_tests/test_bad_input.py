@@ -124,10 +124,11 @@ def test_bad_input_is_refused_before_a_packet(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(NAMES, st.sampled_from("\0\n\t \x1b/*$`;&|<>(){}'\"\\?é３ﬁ\u202e"), NAMES)
+@given(NAMES, st.sampled_from("\0\n\t \x1b/*$`;|<>(){}'\"\\?é３ﬁ\u202e"), NAMES)
 def test_a05_no_name_with_such_a_character_is_a_node(
     task: Task, fake: FakeTransport, before: str, wrong: str, after: str
 ) -> None:
+    # Without the operators of node sets: "n&x" is an expression, and its names are fine.
     with pytest.raises(UsageError) as caught:
         task.submit("true", nodes=["n1", f"n{before}{wrong}{after}x"])  # at its ends white space does no harm
     assert str(caught.value).isprintable()  # nothing of it reaches a terminal as it stands
