@@ -37,6 +37,8 @@ class ConnectionMaking(Making["Job"]):
         self._transport = run.transport(target.transport)
         self._dial: Dial | None = None
         self._sock: socket.socket | None = None
+        # Whether a thread of the pool has come to it; that thread's.
+        self._begun = False
         # Whether the descriptor that the plan reserved for the dial is still ours to give back.
         self._reserved = True
         #: where it is, in the words of `ctask.states.PHASES`; `queued` while it waits for its slot
@@ -66,19 +68,25 @@ class ConnectionMaking(Making["Job"]):
     def cancel(self) -> None:
         """Nobody waits any more: break it off. The plan has let go of it."""
         if self._sock is not None:
-            # The pool's thread is in a read of it, and wakes with an error. Who closes it is that thread.
-            try:
-                self._sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the peer was quicker
+            self._break(self._sock)
         elif self._dial is not None:
             self._dial.drop()
             self._unreserve()
 
+    def _break(self, sock: socket.socket) -> None:
+        # The pool's thread, or the connection's, is in a read of it, or will be, and wakes with an error. Who closes it is that
+        # thread: its number could be another's descriptor by now.
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was quicker
+
     def broken(self, error: Exception) -> None:
         """Something in here raised, or no thread can be started: the jobs that wait end with it."""
         if self._sock is not None:
-            self._sock.close()
+            self._break(self._sock)
+            if not self._begun:
+                self._sock.close()  # no thread has come to it, or ever will
         self._failed(LocalResource(f"ctask failed: {error!r}", phase=self.where))
 
     # -- the watcher's listener: called in the watcher's thread --------------------------------------------------
@@ -102,6 +110,7 @@ class ConnectionMaking(Making["Job"]):
     # -- the pool's ------------------------------------------------------------------------------------------
 
     def _connect(self, sock: socket.socket) -> None:
+        self._begun = True
         try:
             connection = self._transport.connect(self.target, sock, self.phase)
         except NodeError as error:
