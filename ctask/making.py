@@ -74,8 +74,8 @@ class ConnectionMaking(Making["Job"]):
             self._unreserve()
 
     def _break(self, sock: socket.socket) -> None:
-        # The pool's thread, or the connection's, is in a read of it, or will be, and wakes with an error. Who closes it is that
-        # thread: its number could be another's descriptor by now.
+        # The pool's thread, or the connection's, is in a read of it, or will be, and wakes with an error. Who closes it
+        # is that thread: its number could be another's descriptor by now.
         try:
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
