@@ -334,7 +334,7 @@ class Job:
     def too_long(self) -> None:
         """`timeout` has passed."""
         error = errors.CommandTimeout(f"timeout after {self.limits.timeout:g} s")
-        self.stop(Outcome.TIMEOUT, error, self.limits.stop_grace + TIMEOUT_WITHIN, mute=False)
+        self.stop(Outcome.TIMEOUT, error, self.limits.stop.grace + TIMEOUT_WITHIN, mute=False)
 
     def stop(self, outcome: Outcome, error: NodeError, within: float, *, mute: bool = True) -> None:
         """End the job from this side, wherever it is; it has its outcome after `within` seconds at the latest.
@@ -366,7 +366,7 @@ class Job:
     def _end_slowly(self, connection: Connection, session: Session, within: float) -> None:
         """End the remote session. Pool."""
         try:
-            state = connection.end((session,), self.limits.stop_grace, within)[session]
+            state = connection.end((session,), self.limits.stop, within)[session].state
         except Exception as error:  # noqa: BLE001 (posted)
             self.run.post(self, self.end_failed, error)
         else:

@@ -20,7 +20,7 @@ from ctask.errors import CommandError, OptionError
 from ctask.nodes import NodeSet
 from ctask.nodes.names import check as check_name
 
-__all__ = ["Command", "JobOptions", "Options", "Target", "command_of", "parse_option", "seconds"]
+__all__ = ["STOP_POLICIES", "Command", "JobOptions", "Options", "Stop", "Target", "command_of", "parse_option", "seconds"]
 
 #: Longest command that a Linux node's kernel takes as one argument (MAX_ARG_STRLEN, with its NUL).
 COMMAND_LIMIT = 131_072
@@ -35,6 +35,8 @@ DEFAULT_KNOWN_HOSTS = (
     "/etc/ssh/ssh_known_hosts2",
 )
 HOST_KEY_POLICIES = ("verify", "accept-new", "insecure-ignore")
+#: From the gentlest on, so that "at most `term`" is a minimum.
+STOP_POLICIES = ("leave", "term", "kill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,33 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """How that is ended on its node what ctask stops.
+
+    Attributes:
+        policy: `kill` (TERM, `grace` seconds, KILL), `term` (TERM, and nothing after it) or `leave` (it runs on).
+        grace: seconds between TERM and KILL.
+        by: `session` ends all that the command has started; `signal` only asks the server to signal the command, for
+            accounts whose sshd runs a ForceCommand (a second channel would run that once more).
+    """
+
+    policy: str = "kill"
+    grace: float = 5.0
+    by: str = "session"
+
+    def at_most(self, policy: str) -> Stop:
+        """Return the gentler one of this and `policy`."""
+        return Stop(min(self.policy, policy, key=STOP_POLICIES.index), self.grace, self.by)
+
+
+@dataclass(frozen=True, slots=True)
 class JobOptions:
     """The limits of one job, in seconds; None is no limit."""
 
     connect_timeout: float | None = 10.0
     timeout: float | None = None
     drain_timeout: float | None = 2.0
-    stop_grace: float = 5.0
+    stop: Stop = Stop()
     fresh: bool = False
 
 
@@ -193,7 +215,9 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "connect_timeout": seconds,
     "timeout": seconds,
     "drain_timeout": seconds,
+    "stop": _choice(*STOP_POLICIES),
     "stop_grace": _duration,
+    "stop_by": _choice("session", "signal"),
     "fresh": _flag,
     # what a worker does with its output and its standard input
     "pty": _flag,
@@ -210,7 +234,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
 NODE_OPTIONS = frozenset(
     (
         *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "keep"),
-        *("connect_timeout", "timeout", "drain_timeout", "stop_grace", "fresh"),
+        *("connect_timeout", "timeout", "drain_timeout", "stop", "stop_grace", "stop_by", "fresh"),
     )
 )
 #: Options that a call of `shell`, `run` or `submit` takes.
@@ -233,7 +257,9 @@ _DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10.0,
     "timeout": None,
     "drain_timeout": 2.0,
+    "stop": "kill",
     "stop_grace": 5.0,
+    "stop_by": "session",
     "fresh": False,
     "pty": False,
     "stderr": False,
@@ -437,6 +463,6 @@ def _limits(options: Mapping[str, Any]) -> JobOptions:
         connect_timeout=options["connect_timeout"],
         timeout=options["timeout"],
         drain_timeout=options["drain_timeout"],
-        stop_grace=options["stop_grace"],
+        stop=Stop(options["stop"], options["stop_grace"], options["stop_by"]),
         fresh=options["fresh"],
     )

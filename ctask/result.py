@@ -17,7 +17,7 @@ from ctask.errors import CommandFailed, NodeError, printable
 from ctask.nodes import NodeSet
 from ctask.states import Outcome
 
-__all__ = ["Attempt", "Group", "NodeResult", "Timings", "signal_number", "status_text"]
+__all__ = ["Attempt", "Ending", "Group", "NodeResult", "RemoteProcess", "Timings", "signal_number", "status_text"]
 
 
 class Timings(Mapping[str, float]):
@@ -58,6 +58,38 @@ class Attempt:
     phase: str
     error: NodeError | None
     timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteProcess:
+    """A process that was seen on a node after it was told to end.
+
+    Attributes:
+        pid: its number there.
+        name: of its program, as the kernel has it (at most 15 characters); what a node says, not fit for a terminal.
+        state: letter of proc(5): `D` waits for a device or a file server and cannot be killed.
+        waits_in: the kernel's function that it waits in, where the node tells it, else empty.
+    """
+
+    pid: int
+    name: str = ""
+    state: str = ""
+    waits_in: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What became of a session that ctask ended.
+
+    Attributes:
+        state: `gone` (only by the node's own word), `alive` (seen in `processes`), `left` (on purpose) or `unknown`.
+        ended: how many processes were told to end, where that is known.
+        processes: what was still there when it was last looked at.
+    """
+
+    state: str
+    ended: int | None = None
+    processes: tuple[RemoteProcess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ class Task(gather.Gathered):
         Args:
             nodes: a node set, or names.
             options: `user port address identity known_hosts host_key_policy connect_timeout timeout
-                drain_timeout stop_grace keep fresh transport`.
+                drain_timeout stop stop_grace stop_by keep fresh transport`.
 
         Raises:
             OptionError: no such option of a node, or no such value.

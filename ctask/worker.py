@@ -102,7 +102,7 @@ class Worker(gather.Gathered):
 
     def _canceller(self, job: Job) -> Callable[[], None]:
         def cancel() -> None:
-            within = job.limits.stop_grace + ABORT_WITHIN
+            within = job.limits.stop.grace + ABORT_WITHIN
             self._run.post(job, job.stop, Outcome.ABORTED, Aborted("cancelled"), within)
 
         return cancel

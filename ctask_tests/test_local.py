@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from ctask.errors import ConnectionLost, ExecRefused, LocalResource, NodeError
-from ctask.options import Command, Target
+from ctask.options import Command, Stop, Target
+from ctask.result import Ending
 from ctask.transports.base import STDERR, STDOUT, Session, Transport
 from ctask.transports.local import LocalConnection, LocalSession, LocalTransport, transport
 from ctask.transports.local import processes as processes_module
@@ -113,7 +114,7 @@ def clean() -> Iterator[None]:
     finally:
         # One test's leftovers are not to be another's.
         left = tuple(session_module.sessions)
-        transport().take(Target()).end(left, grace=0.1, within=2.0)
+        transport().take(Target()).end(left, Stop(grace=0.1), within=2.0)
         session_module.sessions.difference_update(left)
         close_watcher()
 
@@ -308,7 +309,7 @@ class TestExit:
         assert run(here, "exec >&- 2>&-; sleep 0.1; exit 5").result == (5, None)
         session, sink = begin(here, "trap '' TERM; echo $$; while :; do sleep 1; done")
         (pid,) = pids_in(sink, 1)
-        assert here.end([session], grace=0.1, within=5.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=0.1), within=5.0) == {session: Ending("gone")}
         assert not alive(pid)
         sink.wait()
 
@@ -328,7 +329,7 @@ class TestExit:
         assert isinstance(sink.error, ConnectionLost)
         assert (sink.out, sink.result, len(taken)) == (b"last words\n", None, 1)
         monkeypatch.undo()
-        assert here.end([session], grace=5.0, within=5.0) == {session: "gone"}  # the child that it left
+        assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}  # the child that it left
 
 
 class TestStart:
@@ -380,7 +381,7 @@ class TestStart:
         assert not kept.drop()
         sink.wait()
         assert (sink.said, sink.error, mark.exists()) == (["ended"], None, False)
-        assert here.end([session], grace=1.0, within=1.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=1.0), within=1.0) == {session: Ending("gone")}
 
     def test_one_that_is_dropped_unstarted_says_nothing(self, here: LocalConnection) -> None:
         sink = Recorder()
@@ -537,7 +538,7 @@ class TestEnding:
     def test_a_command_is_ended_by_term(self, here: LocalConnection) -> None:
         session, sink = begin(here, "trap 'echo bye; exit 9' TERM; echo $$; while :; do sleep 0.02; done")
         pids_in(sink, 1)
-        assert here.end([session], grace=5.0, within=5.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}
         assert sink.over  # told before `end` returned, with what it said last
         assert sink.wait().out.endswith(b"bye\n")
         assert sink.result == (9, None)
@@ -546,7 +547,7 @@ class TestEnding:
         session, sink = begin(here, "trap '' TERM; (while :; do sleep 1; done) & echo $$ $!; wait; wait")
         pids = pids_in(sink, 2)
         begun = time.monotonic()
-        assert here.end([session], grace=0.3, within=5.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=0.3), within=5.0) == {session: Ending("gone")}
         assert time.monotonic() - begun >= 0.3
         assert [alive(pid) for pid in pids] == [False, False]
         assert sink.wait().result == (None, "KILL")
@@ -555,7 +556,7 @@ class TestEnding:
         # `timeout` makes a group of its own: a TERM to the leader's group leaves it and its child alive.
         session, sink = begin(here, "timeout 60 sh -c 'echo $PPID $$; exec sleep 60' & wait")
         pids = pids_in(sink, 2)
-        assert here.end([session], grace=10.0, within=5.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=10.0), within=5.0) == {session: Ending("gone")}
         assert [alive(pid) for pid in pids] == [False, False]
         sink.wait()
 
@@ -564,7 +565,7 @@ class TestEnding:
         (stubborn,) = pids_in(sink, 1)
         wait_until(lambda: sink.result is not None)
         assert transport().living() == 0
-        assert here.end([session], grace=0.2, within=5.0) == {session: "gone"}
+        assert here.end([session], Stop(grace=0.2), within=5.0) == {session: Ending("gone")}
         assert not alive(stubborn)
         sink.wait()
 
@@ -585,7 +586,7 @@ class TestEnding:
         wait_until(lambda: sink.result is not None)
         process = session.started(0.0)
         process.ended = 1.0  # as if the session's number had been given away since
-        assert here.end([session], grace=0.05, within=2.0) == {session: "unknown"}
+        assert here.end([session], Stop(grace=0.05), within=2.0) == {session: Ending("unknown")}
         assert alive(child)
         sink.wait()
         os.kill(child, signal.SIGKILL)
@@ -594,7 +595,7 @@ class TestEnding:
         session, sink = begin(here, "trap '' TERM; echo $$; while :; do sleep 1; done")
         (pid,) = pids_in(sink, 1)
         begun = time.monotonic()
-        assert here.end([session], grace=0.6, within=0.1) == {session: "alive"}
+        assert here.end([session], Stop(grace=0.6), within=0.1) == {session: Ending("alive")}
         assert time.monotonic() - begun < 0.6
         assert alive(pid)
         wait_until(lambda: not alive(pid))
@@ -604,8 +605,8 @@ class TestEnding:
     def test_many_are_ended_together(self, here: LocalConnection) -> None:
         begun = [begin(here, "echo $$; exec sleep 60") for _ in range(20)]
         pids = [pids_in(sink, 1)[0] for _, sink in begun]
-        states = here.end([session for session, _ in begun], grace=5.0, within=5.0)
-        assert set(states.values()) == {"gone"}
+        states = here.end([session for session, _ in begun], Stop(grace=5.0), within=5.0)
+        assert set(states.values()) == {Ending("gone")}
         assert len(states) == 20
         assert not any(alive(pid) for pid in pids)
         for _, sink in begun:
@@ -614,12 +615,12 @@ class TestEnding:
     def test_one_that_has_just_been_asked_for_is_ended_or_never_runs(self, here: LocalConnection) -> None:
         for _ in range(20):
             session, sink = begin(here, "sleep 60")
-            assert here.end([session], grace=5.0, within=5.0) == {session: "gone"}
+            assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}
             sink.wait()
 
     def test_a_stranger_to_this_transport_is_not_known(self, here: LocalConnection) -> None:
         foreign: Any = object()
-        assert here.end([foreign], grace=1.0, within=1.0) == {foreign: "unknown"}
+        assert here.end([foreign], Stop(grace=1.0), within=1.0) == {foreign: Ending("unknown")}
 
     def test_at_the_exit_all_are_ended(self, here: LocalConnection) -> None:
         soft, soft_sink = begin(here, "echo $$; exec sleep 60")

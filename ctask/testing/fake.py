@@ -19,7 +19,8 @@ from typing import Any, NoReturn, Self
 
 from ctask import transports
 from ctask.errors import NodeError
-from ctask.options import Command, Target
+from ctask.options import Command, Stop, Target
+from ctask.result import Ending
 from ctask.transports.base import Session, Sink
 
 __all__ = ["FakeConnection", "FakeSession", "FakeTransport", "Step"]
@@ -147,11 +148,11 @@ class FakeConnection:
         self.transport.sessions.append(session)
         return session
 
-    def end(self, sessions: Sequence[Session], grace: float, within: float) -> dict[Session, str]:
+    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
         """See `Connection`; answers what the transport was told to answer."""
         for session in sessions:
             session.close()
-        return dict.fromkeys(sessions, self.transport.end_state)
+        return dict.fromkeys(sessions, Ending(self.transport.end_state))
 
     def retire(self) -> None:
         """See `Connection`."""

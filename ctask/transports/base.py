@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ctask.buffers import STDERR, STDOUT
 from ctask.errors import NodeError
-from ctask.options import Command, Target
+from ctask.options import Command, Stop, Target
+from ctask.result import Ending
 
 __all__ = ["STDERR", "STDOUT", "Connection", "Session", "Sink", "Transport"]
 
@@ -97,11 +98,12 @@ class Connection(Protocol):
     def prepare(self, command: Command, sink: Sink) -> Session:
         """Make a session for `command`; sends nothing, never waits."""
 
-    def end(self, sessions: Sequence[Session], grace: float, within: float) -> dict[Session, str]:
-        """End what runs in these sessions on the node: TERM, `grace` seconds, KILL. Pool.
+    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
+        """End what runs in these sessions on the node, by the policy of `stop`. Pool.
 
-        Returns after `within` seconds at the latest, with what is known for each: `gone` only by the node's own
-        word, `alive`, `left` or `unknown`.
+        Returns after `within` seconds at the latest, with what is known of each. What was begun goes on without us:
+        the KILL that is due after the grace comes, also where the connection is closed meanwhile. The sessions are
+        closed, and the connection is retired where the answer is not `gone`.
         """
 
     def retire(self) -> None:

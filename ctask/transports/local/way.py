@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from socket import socket
 from typing import NoReturn
 
-from ctask.options import Command, Target
+from ctask.options import Command, Stop, Target
+from ctask.result import Ending
 from ctask.transports.base import Connection, Session, Sink
 from ctask.transports.local.processes import Process, end_sessions
 from ctask.transports.local.session import LocalSession
@@ -104,7 +105,7 @@ class LocalConnection:
         """Make a session for `command`; nothing runs yet. Any thread."""
         return LocalSession(command, sink)
 
-    def end(self, sessions: Sequence[Session], grace: float, within: float) -> dict[Session, str]:
+    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
         """End what runs in these sessions: TERM at once, KILL after `grace` seconds. Pool.
 
         What is ended is the whole session of each command: its children too, whatever group they have made.
@@ -112,26 +113,26 @@ class LocalConnection:
         had been printed has then been given to the sinks, and the sessions are over, whoever holds their pipes.
         """
         until = time.monotonic() + within
-        states: dict[Session, str] = dict.fromkeys(sessions, "unknown")
+        endings = dict.fromkeys(sessions, Ending("unknown"))
         processes: dict[LocalSession, Process] = {}
         for session in sessions:
             if isinstance(session, LocalSession):
                 # One that could be dropped, or was refused by the system, has no process and will have none.
                 process = None if session.drop() else session.started(until)
                 if process is None:
-                    states[session] = "gone"
+                    endings[session] = Ending("gone")
                 else:
                     processes[session] = process
         left = max(0.0, until - time.monotonic())
-        ended = end_sessions(tuple(processes.values()), grace, left, watcher().at)
+        ended = end_sessions(tuple(processes.values()), stop.grace, left, watcher().at)
         for session, process in processes.items():
-            states[session] = ended[process]
+            endings[session] = Ending(ended[process])
             session.wind_up()
         if processes:
             told = threading.Event()
             watcher().call(told.set)
             told.wait(TELL)
-        return states
+        return endings
 
     def retire(self) -> None:
         """There is no other one to take its place: it goes on."""

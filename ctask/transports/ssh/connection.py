@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, cast
 import paramiko
 
 from ctask.errors import NodeError
-from ctask.options import Command, Target
+from ctask.options import Command, Stop, Target
+from ctask.result import Ending
 from ctask.transports.base import Session, Sink
 from ctask.transports.ssh import hostkeys, mapping
 from ctask.transports.ssh.auth import log_in
@@ -77,7 +78,7 @@ class SshConnection:
         """Make a session; sends nothing, never waits."""
         return SshSession(self, command, sink)
 
-    def end(self, sessions: Sequence[Session], grace: float, within: float) -> dict[Session, str]:
+    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
         """Close these sessions; what runs in them is not ended, so nothing is known of it.
 
         The connection is retired: what went on running there is none of a later job's business.
@@ -86,7 +87,7 @@ class SshConnection:
             cast("SshSession", session).ask_close()
         self.link.wire.flush(min(within, _CLOSING))
         self.retire()
-        return dict.fromkeys(sessions, "unknown")
+        return dict.fromkeys(sessions, Ending("unknown"))
 
     def retire(self) -> None:
         """Take no new sessions; close once every place was given back. Never waits."""
