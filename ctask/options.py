@@ -20,7 +20,17 @@ from ctask.errors import CommandError, OptionError
 from ctask.nodes import NodeSet
 from ctask.nodes.names import check as check_name
 
-__all__ = ["STOP_POLICIES", "Command", "JobOptions", "Options", "Stop", "Target", "command_of", "parse_option", "seconds"]
+__all__ = [
+    "STOP_POLICIES",
+    "Command",
+    "JobOptions",
+    "Options",
+    "Stop",
+    "Target",
+    "command_of",
+    "parse_option",
+    "seconds",
+]
 
 #: Longest command that a Linux node's kernel takes as one argument (MAX_ARG_STRLEN, with its NUL).
 COMMAND_LIMIT = 131_072
