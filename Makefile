@@ -13,7 +13,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE = $(VENV)/.made-$(VERSION)-
 BIN = $(VENV)/bin
 
-.PHONY: help demo shell test check bench bundle clean
+.PHONY: help demo shell test strict check bench bundle clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -31,13 +31,19 @@ test: $(MADE)test ## the whole suite; a quick run: ARGS="-m 'not slow and not ni
 	@echo "ctask: running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# Asserts carry no behaviour, nothing is left to the collector. Only the helpers' own asserts are not made here.
+strict: $(MADE)test ## the suite once more under python -O, -X dev and -W error (row I06; nightly)
+	@sh tools/setup-test.sh
+	@PYTHONASYNCIODEBUG=1 $(BIN)/python -O -X dev -W error -m pytest \
+		-W "ignore:assertions not in test" -n 2 --dist worksteal $(ARGS)
+
 check: $(MADE)check ## ruff and mypy --strict
 	@echo "ctask: ruff" && $(BIN)/ruff check .
 	@echo "ctask: mypy" && $(BIN)/mypy
 
-bench: $(MADE)bench ## the benchmarks beside the other programs (ARGS=fanout)
+bench: $(MADE)bench ## the benchmarks beside the other programs; one of them: ARGS=fanout
 	@sh tools/setup-test.sh
-	@$(BIN)/python -m benchmarks $(or $(ARGS),fanout)
+	@$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
 bundle: ## one tar of wheels with an install.sh, for machines without a network
 	@sh tools/bundle.sh "$(PYTHON)" "$(DIST)"

@@ -1,67 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One peer of the fan-out, in a process of its own: `python -m benchmarks.peers NAME`, a `Setup` on standard input.
+"""The peers of the programs that go by SSH: each runs a command on all nodes of a `Setup`.
 
-Each peer is used as its documentation shows, through its public API, and answers what every node has printed. It is
-made, and its modules are loaded, before the clock starts; everything else, its keys and known_hosts file included,
-is read in the cold run. Runs in the main thread of the child, with the threads and processes that the peer makes.
+Each is used as its documentation shows, through its public API. It is made, and its modules are loaded, before the
+clock starts; everything else, its keys and known_hosts file included, is read in the first run. Runs in the main
+thread of the peer's process, with the threads and processes that the peer makes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import importlib
-import json
 import os
-import sys
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from benchmarks.measure import measured
+from benchmarks.measure import BenchmarkError, Setup
 
-__all__ = ["COMMAND", "PEERS", "Setup"]
-
-#: What the nodes run, and what each of them has to answer.
-COMMAND = "echo ok"
-ANSWER = (0, "ok")
+__all__ = ["KEX", "PEERS", "Answers", "Asyncssh", "ClusterShell", "Ctask", "OpenSsh", "ParallelSsh", "Peer", "expect"]
 
 #: The key exchange of all peers: what differs is the client, and not the mathematics that it happens to prefer.
 KEX = "curve25519-sha256"
 
-#: Node -> (exit status, standard output without its last newline).
-Answers = dict[str, tuple[int | None, str]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Setup:
-    """What a peer is given.
-
-    Attributes:
-        nodes: addresses, which stand in `known_hosts` together with `port`.
-        repeats: how many warm commands follow the cold one.
-    """
-
-    nodes: list[str]
-    port: int
-    user: str
-    identity: str
-    known_hosts: str
-    fanout: int
-    repeats: int
+#: Node -> (exit status, standard output as the peer gives it: bytes or text, with or without its last newline).
+Answers = dict[str, tuple[int | None, bytes | str]]
 
 
 class Peer(Protocol):
-    """A client of SSH that runs a command on many nodes."""
+    """A client of SSH that runs commands on many nodes."""
 
-    def run(self) -> Answers:
-        """Run `COMMAND` on all nodes and gather what they print; the first call connects."""
+    def run(self, command: str) -> Answers:
+        """Run a command on all nodes and gather what they print; the first call connects."""
 
     def rest(self, seconds: float) -> None:
         """Let what goes on in the background go on for so long."""
 
     def close(self) -> None:
         """Give up the connections; not measured."""
+
+
+def expect(setup: Setup, answers: Answers, output: bytes) -> None:
+    """Check that every node has exited with 0 and printed this.
+
+    Raises:
+        BenchmarkError: one has not.
+    """
+    wanted = output.removesuffix(b"\n")
+    wrong = {}
+    for node in setup.nodes:
+        rc, said = answers.get(node, (None, b""))
+        data = said.encode() if isinstance(said, str) else said
+        if rc != 0 or data.removesuffix(b"\n") != wanted:
+            wrong[node] = (rc, data[:40], len(data))
+    if wrong or len(answers) != len(setup.nodes):
+        raise BenchmarkError(
+            f"{len(wrong)} of {len(setup.nodes)} nodes did not exit with 0 after {wanted[:40]!r}: {wrong}"
+        )
 
 
 class Ctask:
@@ -71,27 +65,31 @@ class Ctask:
         import ctask
         import ctask.transports.ssh  # loaded on demand otherwise, and no import is measured here
 
-        self._nodes = setup.nodes
-        self._task = ctask.task_self()
+        self.nodes = setup.nodes
+        self.task = ctask.task_self()
         for name, value in {
-            "fanout": setup.fanout,
+            "fanout": setup.sizes.get("fanout", 64),
             "user": setup.user,
             "port": setup.port,
             "identity": setup.identity,
             "known_hosts": setup.known_hosts,
         }.items():
-            self._task.set_info(name, value)
+            self.task.set_info(name, value)
 
-    def run(self) -> Answers:
-        worker = self._task.shell(COMMAND, nodes=self._nodes)
-        self._task.resume()
-        return {result.node: (result.rc, result.stdout.text) for result in worker.results()}
+    def run(self, command: str) -> Answers:
+        return self.gather(command)()
+
+    def gather(self, command: str) -> Callable[[], Answers]:
+        """Return when everything is here; what is returned puts it into one piece for each node."""
+        worker = self.task.shell(command, nodes=self.nodes)
+        self.task.resume()
+        return lambda: {result.node: (result.rc, result.stdout) for result in worker.results()}
 
     def rest(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def close(self) -> None:
-        self._task.disconnect()
+        self.task.disconnect()
 
 
 class ClusterShell:
@@ -101,30 +99,48 @@ class ClusterShell:
         from ClusterShell.NodeSet import NodeSet
         from ClusterShell.Task import task_self
 
-        options = {
-            "StrictHostKeyChecking": "yes",
-            "UserKnownHostsFile": setup.known_hosts,
-            "GlobalKnownHostsFile": os.devnull,
-            "IdentityFile": setup.identity,
-            "IdentitiesOnly": "yes",
-            "KexAlgorithms": KEX,
-            "Port": str(setup.port),
-        }
-        self._nodes = NodeSet.fromlist(setup.nodes)
-        self._task = task_self()
-        self._task.set_info("fanout", setup.fanout)
-        self._task.set_info("ssh_user", setup.user)
-        words = ["-F none", *(f"-o {name}={value}" for name, value in options.items())]
-        self._task.set_info("ssh_options", " ".join(words))
+        self.nodes = NodeSet.fromlist(setup.nodes)
+        self.task = task_self()
+        self.task.set_info("fanout", setup.sizes.get("fanout", 64))
+        self.task.set_info("ssh_user", setup.user)
+        words = ["-F none", *(f"-o {name}={value}" for name, value in _openssh(setup).items())]
+        self.task.set_info("ssh_options", " ".join(words))
 
-    def run(self) -> Answers:
-        self._task.run(COMMAND, nodes=self._nodes)
-        printed = {
-            node: buffer.message().decode() for buffer, nodes in self._task.iter_buffers() for node in nodes
-        }
+    def run(self, command: str) -> Answers:
+        self.task.run(command, nodes=self.nodes)
+        printed = {node: buffer.message() for buffer, nodes in self.task.iter_buffers() for node in nodes}
         return {
-            node: (rc, printed.get(node, "")) for rc, nodes in self._task.iter_retcodes() for node in nodes
+            node: (rc, printed.get(node, b"")) for rc, nodes in self.task.iter_retcodes() for node in nodes
         }
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        return
+
+
+class OpenSsh:
+    """`ssh` itself, forked for one node, its output read from a pipe."""
+
+    def __init__(self, setup: Setup, *words: str) -> None:
+        options = [word for name, value in _openssh(setup).items() for word in ("-o", f"{name}={value}")]
+        self._node = setup.nodes[0]
+        self._words = ["ssh", "-F", "none", *options, "-l", setup.user, *words, self._node]
+
+    def run(self, command: str) -> Answers:
+        return self.gather(command)()
+
+    def gather(self, command: str) -> Callable[[], Answers]:
+        """As that of `Ctask`."""
+        parts = []
+        with subprocess.Popen(
+            [*self._words, command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0
+        ) as client:
+            assert client.stdout is not None
+            while data := os.read(client.stdout.fileno(), 1 << 20):
+                parts.append(data)
+        return lambda: {self._node: (client.returncode, b"".join(parts))}
 
     def rest(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -148,10 +164,10 @@ class Asyncssh:
         self._connections: dict[str, Any] = {}
         self._options: dict[str, Any] = {}
 
-    def run(self) -> Answers:
-        return self._runner.run(self._run())
+    def run(self, command: str) -> Answers:
+        return self._runner.run(self._run(command))
 
-    async def _run(self) -> Answers:
+    async def _run(self, command: str) -> Answers:
         setup = self._setup
         if not self._options:
             self._options = {
@@ -163,17 +179,17 @@ class Asyncssh:
                 "agent_path": None,
                 "config": None,
             }
-        room = self._asyncio.Semaphore(setup.fanout)
-        answers = await self._asyncio.gather(*(self._one(node, room) for node in setup.nodes))
+        room = self._asyncio.Semaphore(setup.sizes.get("fanout", 64))
+        answers = await self._asyncio.gather(*(self._one(command, node, room) for node in setup.nodes))
         return dict(zip(setup.nodes, answers, strict=True))
 
-    async def _one(self, node: str, room: Any) -> tuple[int | None, str]:
+    async def _one(self, command: str, node: str, room: Any) -> tuple[int | None, bytes]:
         async with room:
             connection = self._connections.get(node)
             if connection is None:
                 connection = self._connections[node] = await self._asyncssh.connect(node, **self._options)
-            done = await connection.run(COMMAND)
-            return done.exit_status, done.stdout.removesuffix("\n")
+            done = await connection.run(command, encoding=None)
+            return done.exit_status, done.stdout
 
     def rest(self, seconds: float) -> None:
         self._runner.run(self._asyncio.sleep(seconds))
@@ -200,7 +216,7 @@ class ParallelSsh:
         self._setup = setup
         self._client: Any = None
 
-    def run(self) -> Answers:
+    def run(self, command: str) -> Answers:
         setup = self._setup
         if self._client is None:
             self._client = self._make(
@@ -208,13 +224,14 @@ class ParallelSsh:
                 user=setup.user,
                 port=setup.port,
                 pkey=setup.identity,
-                pool_size=setup.fanout,
+                pool_size=setup.sizes.get("fanout", 64),
                 allow_agent=False,
             )
-        outputs = self._client.run_command(COMMAND)
+        outputs = self._client.run_command(command)
+        # Output first: the end is not told while there is output that nobody has read, and above 2 MB never comes.
+        printed = {each.host: "\n".join(each.stdout) for each in outputs}
         self._client.join(outputs)
-        # Output first: the status is not told while there is output of the channel that nobody has read.
-        return {each.host: ("\n".join(each.stdout), each.exit_code)[::-1] for each in outputs}
+        return {each.host: (each.exit_code, printed[each.host]) for each in outputs}
 
     def rest(self, seconds: float) -> None:
         self._sleep(seconds)
@@ -223,35 +240,23 @@ class ParallelSsh:
         self._client = None
 
 
-#: Name of the distribution -> its class, and the module without which it is not installed.
-PEERS: dict[str, tuple[Callable[[Setup], Peer], str]] = {
-    "ctask": (Ctask, "ctask"),
-    "ClusterShell": (ClusterShell, "ClusterShell"),
-    "asyncssh": (Asyncssh, "asyncssh"),
-    "parallel-ssh": (ParallelSsh, "pssh"),
+#: Name of the distribution -> its class.
+PEERS: dict[str, Callable[[Setup], Peer]] = {
+    "ctask": Ctask,
+    "ClusterShell": ClusterShell,
+    "asyncssh": Asyncssh,
+    "parallel-ssh": ParallelSsh,
 }
 
 
-def main() -> None:
-    """Measure one peer: a cold run, then warm ones; print what they cost.
-
-    The costs are printed only when every node has given the right answer every time.
-    """
-    setup = Setup(**json.load(sys.stdin))
-    make, _ = PEERS[sys.argv[1]]
-    peer = make(setup)
-    # Else the collection that the imports have brought near falls into the cold run of some peers and not of others.
-    gc.collect()
-    costs = []
-    for number in range(1 + setup.repeats):
-        answers, cost = measured(peer.run, peer.rest)
-        wrong = {node: answers.get(node) for node in setup.nodes if answers.get(node) != ANSWER}
-        if wrong or len(answers) != len(setup.nodes):
-            sys.exit(f"run {number + 1}: {len(wrong)} of {len(setup.nodes)} nodes did not answer {ANSWER}: {wrong}")
-        costs.append(dataclasses.asdict(cost))
-    peer.close()
-    print(json.dumps(costs))
-
-
-if __name__ == "__main__":
-    main()
+def _openssh(setup: Setup) -> dict[str, str]:
+    """Return the options of OpenSSH's client: host keys are checked, and nothing is asked for or looked for."""
+    return {
+        "StrictHostKeyChecking": "yes",
+        "UserKnownHostsFile": setup.known_hosts,
+        "GlobalKnownHostsFile": os.devnull,
+        "IdentityFile": setup.identity,
+        "IdentitiesOnly": "yes",
+        "KexAlgorithms": KEX,
+        "Port": str(setup.port),
+    }

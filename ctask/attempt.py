@@ -8,17 +8,22 @@ socket runs dry; its stamps are read by the dispatcher. `ConnectClock` is the di
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ctask import errors
 from ctask.dispatcher import Deadline, Dispatcher
 from ctask.errors import NodeError
-from ctask.mailbox import Gate
+from ctask.gate import Gate
+from ctask.options import Target
+from ctask.result import signal_number
+from ctask.states import Outcome
 from ctask.transports.base import Session
 
 if TYPE_CHECKING:
     from ctask.job import Job
 
-__all__ = ["ConnectClock", "Inbox"]
+__all__ = ["ConnectClock", "Inbox", "rc_of", "silence", "whether_ran"]
 
 
 class Inbox:
@@ -31,6 +36,7 @@ class Inbox:
         "_size",
         "_tell",
         "_told",
+        "_waiting",
         "end",
         "exec_at",
         "first_at",
@@ -39,8 +45,9 @@ class Inbox:
         "status",
     )
 
-    def __init__(self, job: Job, gate: Gate, *, tell: bool) -> None:
+    def __init__(self, job: Job, gate: Gate, waiting: Callable[[], int], *, tell: bool) -> None:
         self._job = job
+        self._waiting = waiting
         self._gate = gate
         self._box: list[tuple[int, bytes]] = []
         self._size = 0
@@ -100,7 +107,7 @@ class Inbox:
 
     def may(self, session: Session) -> bool:
         """See `Sink`."""
-        return self._gate.ask(session)
+        return self._gate.ask(session, self._waiting)
 
     def writable(self) -> None:
         """See `Sink`."""
@@ -134,3 +141,40 @@ class ConnectClock:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def silence(phase: str, target: Target, limit: float) -> NodeError:
+    """Return the error of a phase in which nothing came for `limit` seconds."""
+    said = f"no answer for {limit:g} s"
+    if phase == "resolve":
+        return errors.ResolveError(f"no address for {target.address} within {limit:g} s", phase=phase, kind=said)
+    if phase in ("tcp", "queued"):
+        return errors.ConnectTimeout(
+            f"no answer from {target.where()} for {limit:g} s", phase="tcp", kind=said
+        )
+    if phase == "banner":
+        return errors.BannerError(said, phase=phase)
+    if phase in ("kex", "hostkey"):
+        return errors.HandshakeTimeout(said, phase=phase)
+    if phase == "auth":
+        hint = f"{said} after the key was offered. Often the home directory (NFS, Lustre) or PAM hangs on the node"
+        return errors.AuthTimeout(hint, phase=phase, kind=said)
+    return errors.SessionTimeout(said, phase=phase)
+
+
+def rc_of(outcome: Outcome, status: int | None, signal: str | None) -> int | None:
+    """Return what `NodeResult.rc` says of an outcome, and of a status or a signal where one is known."""
+    if outcome is Outcome.EXITED:
+        return status
+    if outcome is Outcome.SIGNALED:
+        return 128 + signal_number(signal or "")
+    return 255 if outcome in (Outcome.UNREACHED, Outcome.LOST) else None
+
+
+def whether_ran(outcome: Outcome, inbox: Inbox | None) -> bool | None:
+    """Return what `NodeResult.ran` says of an attempt; None as its inbox: nothing was begun."""
+    if outcome in (Outcome.EXITED, Outcome.SIGNALED):
+        return True
+    if outcome is Outcome.UNREACHED or inbox is None or inbox.exec_at is None:
+        return False
+    return True if outcome is not Outcome.LOST and inbox.running_at is not None else None

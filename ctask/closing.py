@@ -17,27 +17,32 @@ __all__ = ["close_everything"]
 
 log = logging.getLogger("ctask.closing")
 
-#: Seconds that jobs have to get their outcome at the exit.
+#: Seconds that jobs have to get their outcome at the exit, and that threads have to end beyond it.
 OUTCOMES_WITHIN = 1.0
-#: Seconds after TERM at which local commands are killed at the exit.
+THREADS_WITHIN = 0.2
+#: Seconds after TERM at which local commands are killed at the exit: nobody is there to do it later. Nodes do it
+#: themselves.
 LOCAL_GRACE = 1.0
 
 
 def close_everything(within: float = OUTCOMES_WITHIN) -> bool:
     """End all tasks of this process, what they run, and all kept connections; return whether their threads ended.
 
-    The order: first the jobs, so that their nodes are told while the connections stand; then the connections,
-    which ends what waits in them; then the threads. Tasks cannot be used afterwards; `task_self()` makes new ones.
+    The order: first the jobs, so that their nodes are told while the connections stand, by the policy of each; then
+    what is left of local commands; then the connections, which ends what waits in them; then the threads. Tasks
+    cannot be used afterwards; `task_self()` makes new ones.
     """
-    until = time.monotonic() + within
     tasks = task.all_tasks()
+    until = time.monotonic() + within
     for one in tasks:
-        one.close()
+        one.close(within=0.9 * within)
+    for one in tasks:
+        one.closing(max(0.0, until - time.monotonic()))
     transports.end_local(LOCAL_GRACE)
-    ended = [one.closing(max(0.0, until - time.monotonic())) for one in tasks]
     transports.close()
     # What was still at work in a connection is broken by its end.
-    ended = [one.closing(max(0.1, until - time.monotonic())) for one in tasks]
+    until = time.monotonic() + THREADS_WITHIN
+    ended = [one.closing(max(0.0, until - time.monotonic())) for one in tasks]
     task.forget_tasks()
     return all(ended)
 

@@ -4,6 +4,9 @@
 It takes posts from one queue, and deadlines from one heap; after each batch it asks the plan what is to be done and
 carries that out. It never waits: not for a node, nor for a lock under which anybody sends, waits or calls out.
 What it calls (jobs, connections in the making) is handed to it; it knows none of their rooms.
+
+When it ends (it was stopped, or by an error that is no `Exception`, or by one of the plan's), `_over` is set *before*
+the queue is emptied for the last time, and who posts looks at it *after* posting: each post is carried out or returned.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Deadline", "Dispatcher", "Subject"]
+__all__ = ["Deadline", "Dispatcher", "Post", "Subject"]
 
 log = logging.getLogger("ctask.dispatcher")
 
@@ -29,6 +32,10 @@ class Subject(Protocol):
 
     def broken(self, error: Exception) -> None:
         """Carrying it out raised: end with that error."""
+
+
+#: Whom it is for, the call, and its arguments.
+Post = tuple[Subject | None, Callable[..., object], tuple[Any, ...]]
 
 
 class Deadline:
@@ -93,13 +100,19 @@ class Dispatcher:
 
     Guarantees: posts are carried out in the order in which they were put, in one thread; a deadline that passes
     becomes a post, behind those that are queued already, so that an end that was posted first stands. What a
-    carried-out call raises ends its subject; nothing is swallowed.
+    carried-out call raises ends its subject; nothing is swallowed. An error that is no `Exception`, and whatever
+    the plan raises, ends the thread: `returned` hears of every post that was not carried out, `died` of the error.
 
     Args:
         name: of the thread.
         step: asks the plan and carries out its actions; given the time.
         due: when the plan wants to be asked again though nothing happened.
         clock: monotonic seconds; the one place where a task takes its time.
+        returned: given each post that nobody will carry out; in the thread that ends, later in the one that posts.
+        died: given the error that the thread ends by, where it is one; its last act.
+
+    Attributes:
+        error: what the thread has ended by; None: it has not, or it was stopped.
     """
 
     def __init__(
@@ -108,15 +121,21 @@ class Dispatcher:
         step: Callable[[float], None],
         due: Callable[[], float | None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        died: Callable[[BaseException], object] = lambda error: None,
+        returned: Callable[[Post], object] = lambda post: None,
     ) -> None:
         # SimpleQueue.put is reentrant: posting is safe in signal handlers and in destructors.
-        self._queue: queue.SimpleQueue[tuple[Subject | None, Callable[..., object], tuple[Any, ...]]]
-        self._queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Post] = queue.SimpleQueue()
         self._heap = _Heap()
         self._step = step
         self._due = due
+        self._died = died
+        self._returned = returned
         self.clock = clock
+        self.error: BaseException | None = None
         self._stopped = False
+        self._over = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -131,6 +150,8 @@ class Dispatcher:
     def post(self, subject: Subject | None, call: Callable[..., object], *args: Any) -> None:
         """Have `call(*args)` carried out. Any thread; never waits."""
         self._queue.put((subject, call, args))
+        if self._over:
+            self._return_posts()
 
     def at(self, when: float, subject: Subject | None, call: Callable[..., object], *args: Any) -> Deadline:
         """Have `call(*args)` carried out at `when` (monotonic seconds). Dispatcher."""
@@ -156,28 +177,52 @@ class Dispatcher:
         self._stopped = True
 
     def _run(self) -> None:
-        while not self._stopped:
-            post = self._next()
-            count = 0
-            while post is not None and not self._stopped:
-                self._carry_out(*post)
-                count += 1
-                if count >= BATCH:
-                    break
-                try:
-                    post = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-            del post  # what it holds is not to live until the next one
-            now = self.clock()
-            while (deadline := self._heap.pop_due(now)) is not None:
-                self._queue.put((deadline.subject, self._expire, (deadline,)))
-            try:
-                self._step(now)
-            except Exception:
-                log.critical("the plan of %s failed", self._thread.name, exc_info=True)
+        try:
+            while not self._stopped:
+                self._turn()
+        except BaseException as error:  # noqa: BLE001 (nobody is above: whoever waits has to be told)
+            self.error = error
+        self._over = True
+        try:
+            self._return_posts()
+        finally:
+            if self.error is not None:
+                self._die(self.error)
 
-    def _next(self) -> tuple[Subject | None, Callable[..., object], tuple[Any, ...]] | None:
+    def _turn(self) -> None:
+        post = self._next()
+        count = 0
+        while post is not None and not self._stopped:
+            self._carry_out(*post)
+            count += 1
+            if count >= BATCH:
+                break
+            try:
+                post = self._queue.get_nowait()
+            except queue.Empty:
+                break
+        del post  # what it holds is not to live until the next one
+        now = self.clock()
+        while (deadline := self._heap.pop_due(now)) is not None:
+            self._queue.put((deadline.subject, self._expire, (deadline,)))
+        # A plan that has raised has lost jobs on the way: going on would leave them waiting for ever.
+        self._step(now)
+
+    def _die(self, error: BaseException) -> None:
+        try:
+            log.critical("%s ends by an error", self._thread.name, exc_info=error)
+        finally:
+            self._died(error)
+
+    def _return_posts(self) -> None:
+        """Hand back what is queued: each post once, whichever threads come by here."""
+        while True:
+            try:
+                self._returned(self._queue.get_nowait())
+            except queue.Empty:
+                return
+
+    def _next(self) -> Post | None:
         """Wait for a post, at most until something else is due."""
         times = [when for when in (self._heap.next(), self._due()) if when is not None]
         try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ctask.buffers import view
 from ctask.errors import AuthError, BannerError, HandshakeError, HostKeyError, LocalResource, SessionError
 from ctask.gather import Cell, named
-from ctask.result import Group, NodeResult, status_text
+from ctask.result import Ending, Group, NodeResult, processes_text, status_text
 from ctask.states import Outcome
 from ctask.worker import Worker
 
@@ -134,12 +134,20 @@ class _Row:
     def about(self) -> str:
         """Return the last column. Times differ from node to node, so they are put in here and not folded by."""
         if not self.results or self.results[0].outcome is not Outcome.SIGNALED:
-            return self.detail
+            return self._become()
         spent = [result.timings.get("running", 0.0) + result.timings.get("closing", 0.0) for result in self.results]
         low, high = f"{min(spent):.1f}", f"{max(spent):.1f}"
         # Nobody else sends KILL unasked as often as the kernel does when memory runs out.
         hint = "; OOM?" if self.results[0].signal == "KILL" else ""
         return f"ran {low} s{hint}" if low == high else f"ran {low} to {high} s{hint}"
+
+    def _become(self) -> str:
+        """Return what became of them, with the numbers that are the same for all."""
+        if not self.results:
+            return self.detail
+        counts = {result.ending.gone for result in self.results if result.ending is not None}
+        count = counts.pop() if len(counts) == 1 else None
+        return _detail(self.results[0], count=count, pid=len(self.results) == 1)
 
     def notes(self) -> list[str]:
         errors = [result.error for result in self.results]
@@ -191,16 +199,33 @@ def _silent(cell: Cell, printed: Container[Any] | None) -> bool:
     return capture.total <= 2 and not view(capture.get())
 
 
-def _detail(result: NodeResult) -> str:
-    """Return whether it ran, and what became of it."""
-    state = _STATES.get(result.remote_state or "", "")
+def _detail(result: NodeResult, *, count: int | None = None, pid: bool = False) -> str:
+    """Return whether it ran, and what became of it.
+
+    Args:
+        count: processes that were ended.
+        pid: with the numbers of those that are still there; they differ from node to node.
+    """
+    state = _state(result.ending, count, pid) if result.ending is not None else ""
     if result.ran is False:
         return "not run, nothing was sent" if isinstance(result.error, HostKeyError) else "not run"
     if result.outcome is Outcome.LOST:
         return f"may have run; {state}" if state else "may have run, and may still run"
     if result.outcome in (Outcome.TIMEOUT, Outcome.ABORTED):
-        return f"may have run; {state or 'unknown whether it did'}" if result.ran is None else state or "ran"
+        if result.ran is None:
+            return f"may have run; {state or 'unknown whether it did'}"
+        return f"ran; {state}" if result.ending is not None and result.ending.processes else state or "ran"
     return ""
+
+
+def _state(ending: Ending, count: int | None, pid: bool) -> str:
+    """Return what became of what was ended."""
+    if ending.processes:
+        seen = "; ".join(process.told(pid=pid) for process in ending.processes)
+        return f"{f'ended {processes_text(count)}' if count else 'told to end'}; still there: {seen}"
+    if ending.state == "gone" and count:
+        return f"ended: {processes_text(count)}, seen to be gone"
+    return _STATES.get(ending.state, "")
 
 
 def _headline(worker: Worker) -> str:

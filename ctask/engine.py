@@ -8,15 +8,18 @@ never waits, but for `closing`.
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ctask.dispatcher import Dispatcher
-from ctask.errors import NodeError
+from ctask.dispatcher import Dispatcher, Post
+from ctask.ending import Batch, Endings
+from ctask.errors import NodeError, TaskError, TaskFailed
+from ctask.gate import Gate
 from ctask.job import Job
-from ctask.mailbox import Gate, Mailbox
+from ctask.mailbox import Mailbox
 from ctask.making import ConnectionMaking
 from ctask.plan import Dial, Join, Plan, Shake, Start
 from ctask.runtime import Runtime
@@ -48,25 +51,32 @@ class Engine:
         self._closing = False
         self._over = False
         self._short_of: Transport | None = None
+        self._told_short = False
         self.gate = Gate(queue_limit, self._give)
         self.mailbox = Mailbox(self.gate)
         self.plan: Plan[Job, ConnectionMaking, Connection]
         self.plan = Plan(fanout, lambda target: ConnectionMaking(self.run, target))
-        self.dispatcher = Dispatcher(f"{name}/dispatcher", self._step, self.plan.due)
-        self.run = Runtime(self.dispatcher, self.plan, self.gate, self.mailbox, self._work, transport)
+        self.dispatcher = Dispatcher(
+            f"{name}/dispatcher", self._step, self.plan.due, died=self._died, returned=self._returned
+        )
+        endings = Endings(self._work)
+        self.run = Runtime(self.dispatcher, self.plan, self.gate, self.mailbox, self._work, transport, endings)
         self.dispatcher.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have jobs run, in their order."""
-        self.dispatcher.post(None, self._submitted, jobs)
+        self.dispatcher.post(_Batch(jobs), self._submitted, jobs)
 
-    def stop(self, outcome: Outcome, error: NodeError, within: float) -> None:
+    def stop(self, outcome: Outcome, error: NodeError, within: float, at_most: str = "kill") -> None:
         """End every job that was submitted before; each has its outcome after `within` seconds.
 
         From now on their handlers get no lines any more, also of what has ended and was not read.
+
+        Args:
+            at_most: the harshest policy that is used on the nodes.
         """
         self.mailbox.hush()
-        self.dispatcher.post(None, self._stop_all, outcome, error, within)
+        self.dispatcher.post(None, self._stop_all, outcome, error, within, at_most)
 
     def set_fanout(self, fanout: int) -> None:
         """Change the number of slots; what runs goes on."""
@@ -83,14 +93,15 @@ class Engine:
     # -- dispatcher ----------------------------------------------------------------------------------------------
 
     def _submitted(self, jobs: Sequence[Job]) -> None:
+        jobs = [job for job in jobs if job.outcome is None]  # the rest was taken back while it was scheduled
         self.run.live.update(jobs)
         for job in jobs:
             job.submitted()
         self.plan.submitted(jobs)
 
-    def _stop_all(self, outcome: Outcome, error: NodeError, within: float) -> None:
+    def _stop_all(self, outcome: Outcome, error: NodeError, within: float, at_most: str) -> None:
         for job in list(self.run.live):
-            job.stop(outcome, error.copy(), within)
+            self._carry_out(job, job.stop, outcome, error.copy(), within, at_most)
 
     def _close(self) -> None:
         self._closing = True
@@ -106,6 +117,7 @@ class Engine:
                     self._carry_out(making, making.dial)
                 case Shake(making):
                     self._carry_out(making, making.shake, now)
+        self.run.endings.flush()
         if self._closing and not self.run.live:
             self._wind_up()
 
@@ -117,12 +129,19 @@ class Engine:
             subject.broken(error)
 
     def _take(self, job: Job) -> Connection | None:
-        return self.run.transport(job.target.transport).take(job.target)
+        try:
+            return self.run.transport(job.target.transport).take(job.target)
+        except Exception as error:
+            # In the midst of the plan's step, which must not lose its way: the job ends right after it.
+            log.exception("no connection could be looked for: %r", job)
+            self.dispatcher.post(job, job.broken, error)
+            return None
 
     def _reserve(self, job: Job) -> bool:
         way = self.run.transport(job.target.transport)
         if way.reserve():
             return True
+        self._tell_short()
         if self._short_of is None:
             # Told once; the plan is asked again after every post, so that a post is all that is needed then.
             self._short_of = way
@@ -132,13 +151,54 @@ class Engine:
     def _roomy(self) -> None:
         self._short_of = None
 
-    def _wind_up(self) -> None:
+    def _tell_short(self) -> None:
+        """Say once that descriptors, and not the fan-out, bound what runs at once: the limit is the program's."""
+        most = self.plan.slots + self.plan.dialing
+        if most < self.plan.fanout and not self._told_short:
+            self._told_short = True
+            files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            logging.getLogger("ctask").warning(
+                "fan-out lowered from %d to %d: this process may open %d files (ulimit -n)",
+                self.plan.fanout, most, files,
+            )
+
+    def _wind_up(self, *, wait: bool = False) -> None:
         with self._pool_lock:
             self._over = True
             pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=wait)
         self.dispatcher.stop()
+
+    # -- the dispatcher's end by an error ------------------------------------------------------------------------
+
+    def _died(self, error: BaseException) -> None:
+        """Give every job its outcome and wake whoever waits. In the dispatcher's thread, its last act."""
+        self.mailbox.silence()
+        try:
+            self.run.endings.flush()
+            for job in list(self.run.live):
+                self._fail(job, error)
+        finally:
+            self.mailbox.fail(error)
+            # Everybody is awake; what is being ended on the nodes has its time, as far as an exit gives it.
+            self._wind_up(wait=True)
+
+    def _returned(self, post: Post) -> None:
+        """A post comes back that nobody carries out any more: the jobs of a late submission end like the others."""
+        subject = post[0]
+        if isinstance(subject, _Batch):
+            self.mailbox.silence()
+            for job in subject.jobs:
+                self._fail(job, self.dispatcher.error or TaskError("this task is closed"))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        failure = TaskFailed(f"the task itself failed: {error!r}")
+        failure.__cause__ = error
+        try:
+            job.abandoned(failure)
+        except BaseException:  # also what a done-callback raises: the other jobs have theirs to come
+            log.critical("%r could not be ended", job, exc_info=True)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -164,8 +224,19 @@ class Engine:
         """No thread can be started, or the interpreter ends: whoever waits for this is told."""
         log.debug("%s: not begun: %r", self._name, call, exc_info=error)
         subject = getattr(call, "__self__", None)
-        if isinstance(subject, (Job, ConnectionMaking)):
+        if isinstance(subject, (Job, ConnectionMaking, Batch)):
             self.dispatcher.post(subject, subject.broken, error)
+
+
+class _Batch:
+    """Jobs on their way to the dispatcher: what raises there, before they are its own, ends them all."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+
+    def broken(self, error: Exception) -> None:
+        for job in self.jobs:
+            job.broken(error)
 
 
 def _logged(call: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -33,7 +33,8 @@
     │  ├─ CommandTimeout
     │  ├─ LocalResource                descriptors, threads, memory or disk of this machine
     │  ├─ CommandFailed                a status that is not in `ok_codes`, or a signal; only from `result.check()`
-    │  └─ Aborted(CancelledError)
+    │  ├─ Aborted(CancelledError)
+    │  └─ TaskFailed(TaskError)        the task itself ended by an error, under all of its jobs
     ├─ JobsFailed                      of `check=True` and `worker.check()`: the folded failures
     └─ TaskError
        ├─ AlreadyRunningError
@@ -87,6 +88,7 @@ __all__ = [
     "SessionRefused",
     "SessionTimeout",
     "TaskError",
+    "TaskFailed",
     "TaskTimeout",
     "UnknownHostKey",
     "UsageError",
@@ -165,6 +167,11 @@ class NodeError(CtaskError):
         twin.args = self.args
         twin.__cause__ = self.__cause__
         return twin
+
+    def add(self, text: str) -> None:
+        """Add to the text of this node; what folds with other nodes stays as it is."""
+        self.reason = f"{self.reason}. {text}"
+        self.args = (self.reason,)
 
     def why(self) -> str:
         """Return `phase: reason`, or the reason alone where the phase says nothing more."""
@@ -325,6 +332,12 @@ class JobsFailed(CtaskError):
 
 class TaskError(CtaskError):
     """The task, not one of its nodes."""
+
+
+class TaskFailed(NodeError, TaskError):
+    """The task itself ended by an error (its `__cause__`) before the node's command had: it may still run."""
+
+    default_reason = "the task itself failed"
 
 
 class AlreadyRunningError(TaskError):

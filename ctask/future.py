@@ -15,18 +15,31 @@ from typing import Any, Protocol
 from ctask.errors import Aborted, printable
 from ctask.result import NodeResult
 
-__all__ = ["Future", "Waiting", "as_completed", "wait"]
+__all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]
 
 
 class Waiting(Protocol):
     """The task, as far as waiting for it is concerned."""
 
-    def wait_for(self, done: Callable[[], bool], until: float | None) -> bool | None:
+    def wait_for(self, done: Callable[[], bool], until: float | None, *, begun: bool = True) -> bool | None:
         """Wait in the owner, pumping, until `done()`: True; until `until`: False. In other threads: None, at once.
+
+        Args:
+            begun: what is waited for is on its way.
 
         Raises:
             WrongThread: in a done-callback.
+            TaskError: it is only scheduled, and nobody but the owner, who waits, would begin it.
         """
+
+
+class Admission:
+    """Whether the jobs of a worker are on their way, or only scheduled. Written by who submits them."""
+
+    __slots__ = ("given",)
+
+    def __init__(self) -> None:
+        self.given = False
 
 
 class Future(concurrent.futures.Future[NodeResult]):
@@ -40,9 +53,11 @@ class Future(concurrent.futures.Future[NodeResult]):
     Thread safety: every method may be called in any thread.
     """
 
-    def __init__(self, task: Waiting, node: Any, cancel: Callable[[], None]) -> None:
+    def __init__(self, task: Waiting, node: Any, cancel: Callable[[], None], admission: Admission) -> None:
         super().__init__()
         self.task = task
+        self._admission = admission
+        self._taken_back = False
         self._ask_cancel = cancel
         self.node = node
         #: somebody pumps for it: the dispatcher wakes the owner when it resolves
@@ -54,6 +69,7 @@ class Future(concurrent.futures.Future[NodeResult]):
         Raises:
             NodeError: the command could not be run to its end; `.result` has what is known.
             TimeoutError: the time to wait is over; the job goes on.
+            TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
         self._await(timeout)
         return super().result(timeout)
@@ -70,8 +86,18 @@ class Future(concurrent.futures.Future[NodeResult]):
         """
         if self.done():
             return False
+        self.take_back()
         self._ask_cancel()
         return True
+
+    def take_back(self) -> None:
+        """Note that its end was asked for: it comes, also to a job that is only scheduled."""
+        self._taken_back = True
+
+    @property
+    def begun(self) -> bool:
+        """Whether its end will come without a `resume()`."""
+        return self._admission.given or self._taken_back
 
     def cancelled(self) -> bool:
         """Whether the job was aborted, by `cancel()` or otherwise."""
@@ -81,7 +107,8 @@ class Future(concurrent.futures.Future[NodeResult]):
         if self.done():
             return
         self.watched = True
-        if self.task.wait_for(self.done, None if timeout is None else time.monotonic() + timeout) is False:
+        until = None if timeout is None else time.monotonic() + timeout
+        if self.task.wait_for(self.done, until, begun=self.begun) is False:
             raise TimeoutError(f"{self.node}: not ended within {timeout:g} s; the job goes on")
 
     def __repr__(self) -> str:
@@ -112,7 +139,7 @@ def wait(
             return True
         return len(ended.futures) == len(fs)
 
-    if fs and ended.wait_for(enough, timeout) is None:
+    if fs and ended.wait_for(enough, timeout, some=return_when == concurrent.futures.FIRST_COMPLETED) is None:
         concurrent.futures.wait(fs, timeout, return_when)
     done = {future for future in fs if future.done()}
     return done, fs - done
@@ -154,6 +181,8 @@ class _Ended:
         self.failed = False
         self.given: set[Future] = set()
         self._task = next(iter(futures)).task if futures else None
+        self._all = futures
+        self._begun: bool | None = None
         for future in futures:
             future.watched = True
             future.add_done_callback(self._add)
@@ -163,6 +192,11 @@ class _Ended:
         self.failed = self.failed or concurrent.futures.Future.exception(future, 0) is not None
         self.futures.append(future)
 
-    def wait_for(self, done: Callable[[], bool], timeout: float | None) -> bool | None:
+    def wait_for(self, done: Callable[[], bool], timeout: float | None, *, some: bool = False) -> bool | None:
+        if self._task is None:
+            return True
         until = None if timeout is None else time.monotonic() + timeout
-        return self._task.wait_for(done, until) if self._task is not None else True
+        # Looked at once and not before each: 10,000 futures are not to be looked at 10,000 times.
+        if self._begun is None:
+            self._begun = (any if some else all)(future.begun for future in self._all)
+        return self._task.wait_for(done, until, begun=self._begun)

@@ -7,11 +7,10 @@ Any thread may look at any time: what runs still shows what is there now.
 from __future__ import annotations
 
 import abc
-import hashlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from ctask.buffers import STDERR, STDOUT, Capture, Output, view
+from ctask.buffers import STDERR, STDOUT, Capture, Look, Output, view
 from ctask.errors import JobsFailed, printable
 from ctask.nodes import NodeSet
 from ctask.result import Group, NodeResult
@@ -48,20 +47,15 @@ def named(nodes: Iterable[Any], remote: bool) -> Any:
 
 
 class _Pile:
-    """Nodes that printed the same: where the first of them stands, one capture to read, and the nodes."""
+    """Nodes that printed the same: where the first of them stands, what it printed, and the nodes."""
 
-    __slots__ = ("capture", "first", "nodes", "remote", "source", "stream")
+    __slots__ = ("first", "look", "nodes", "remote")
 
-    def __init__(self, first: tuple[int, int], source: Source, capture: Capture, stream: int) -> None:
+    def __init__(self, first: tuple[int, int], source: Source, look: Look) -> None:
         self.first = first
-        self.source = source
-        self.capture = capture
-        self.stream = stream
+        self.look = look
         self.remote = source.remote
         self.nodes: list[Any] = []
-
-    def output(self) -> Output:
-        return view(self.capture.get(self.stream))
 
 
 def _piles(sources: Sequence[Source], errors: bool, match: Container[Any] | None) -> list[_Pile]:
@@ -83,7 +77,7 @@ def _piles(sources: Sequence[Source], errors: bool, match: Container[Any] | None
             key: object = (order, *capture.key(stream)) if ended else (order, place)
             pile = piles.get(key)
             if pile is None:
-                pile = piles[key] = _Pile((order, place), source, capture, stream)
+                pile = piles[key] = _Pile((order, place), source, capture.look(stream))
             pile.nodes.append(cell.node)
     found = list(piles.values()) if alike else _merged(piles.values())
     found.sort(key=lambda pile: (-len(pile.nodes), pile.first))
@@ -94,8 +88,7 @@ def _merged(piles: Iterable[_Pile]) -> list[_Pile]:
     """Put together what looks the same though its bytes, or its stores, differ."""
     looks: dict[bytes, _Pile] = {}
     for pile in piles:
-        digest = hashlib.blake2b(pile.output(), digest_size=32).digest()
-        twin = looks.setdefault(digest, pile)
+        twin = looks.setdefault(pile.look.digest(), pile)
         if twin is not pile:
             known = set(twin.nodes)
             twin.nodes.extend(node for node in pile.nodes if node not in known)
@@ -129,12 +122,12 @@ class Gathered(abc.ABC):
             match_keys: only these nodes: a node set, or anything that has `in`.
         """
         for pile in _piles(self._sources(), errors=False, match=_match(match_keys)):
-            yield pile.output(), named(pile.nodes, pile.remote)
+            yield pile.look.view(), named(pile.nodes, pile.remote)
 
     def iter_errors(self, match_keys: object = None) -> Iterator[tuple[Output, Any]]:
         """As `iter_buffers`, of standard error; of workers with `stderr=True` only."""
         for pile in _piles(self._sources(), errors=True, match=_match(match_keys)):
-            yield pile.output(), named(pile.nodes, pile.remote)
+            yield pile.look.view(), named(pile.nodes, pile.remote)
 
     def node_buffer(self, node: Any) -> Output:
         """Return what a node printed, without the last newline; several workers' outputs joined by a newline."""
@@ -237,26 +230,53 @@ def _listed(nodes: Any) -> str:
     return str(nodes) if isinstance(nodes, NodeSet) else printable(",".join(map(str, nodes)))
 
 
+class _Seen:
+    """What cells look the same by: their place in the store, or where that is not enough a digest of what is seen."""
+
+    def __init__(self, cells: Sequence[Cell], stream: int) -> None:
+        self._stream = stream
+        # One cell that has to be compared by what is seen of it makes all of them so.
+        captures = [cell.capture for cell in cells if cell.capture is not None]
+        ended = all(cell.result is not None for cell in cells)
+        self._alike = (
+            ended
+            and len({id(capture.store) for capture in captures}) <= 1
+            and all(capture.plain(stream) for capture in captures)
+        )
+        self._digests: dict[object, bytes] = {}
+
+    def of(self, cell: Cell) -> tuple[object, Look | None]:
+        """Return the key of a cell, and what it printed; None for nothing, and for an empty line."""
+        capture, ended = cell.capture, cell.result is not None
+        look = capture.look(self._stream) if capture is not None else None
+        if capture is None or look is None or (look.size <= 2 and not look.view()):
+            return None, None
+        key: object = capture.key(self._stream)
+        if self._alike and ended:
+            return key, look
+        if not ended:
+            return look.digest(), look
+        digest = self._digests.get(key)
+        if digest is None:
+            digest = self._digests[key] = look.digest()
+        return digest, look
+
+
 def groups(source: Source) -> list[Group]:
     """Return every node in exactly one group: same output, status and reason; largest first, by first node."""
-    piles: dict[object, tuple[int, list[Any], Output, Cell]] = {}
+    piles: dict[object, tuple[int, list[Any], Look | None, Cell]] = {}
     stream = STDOUT if source.apart else 0
-    looks: dict[object, Output] = {}
+    seen = _Seen(source.cells, stream)
     for place, cell in enumerate(source.cells):
-        result, capture = cell.result, cell.capture
-        if capture is None or capture.empty(stream):
-            output = Output(b"")
-        else:
-            key = capture.key(stream) if result is not None else (place,)
-            if key not in looks:
-                looks[key] = view(capture.get(stream))
-            output = looks[key]
+        result = cell.result
+        key, look = seen.of(cell)
         end = (result.outcome, result.rc, _failure(result) if not result.ok else ()) if result is not None else None
-        pile = piles.setdefault((end, output), (place, [], output, cell))
+        pile = piles.setdefault((end, key), (place, [], look, cell))
         pile[1].append(cell.node)
     found = []
-    for _, nodes, output, cell in sorted(piles.values(), key=lambda pile: (-len(pile[1]), pile[0])):
+    for _, nodes, look, cell in sorted(piles.values(), key=lambda pile: (-len(pile[1]), pile[0])):
         result = cell.result
+        output = look if look is not None else Output(b"")
         why = _failure(result)[2] if result is not None and result.error is not None else ""
         if result is not None and result.error is None:
             why = result.why

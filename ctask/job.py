@@ -6,53 +6,30 @@ All methods run in the dispatcher, but for those that say otherwise. There is no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import logging
+from typing import TYPE_CHECKING, Any
 
 from ctask import errors
-from ctask.attempt import ConnectClock, Inbox
-from ctask.buffers import BufferStore, Capture, Loose
+from ctask.attempt import ConnectClock, Inbox, rc_of, silence, whether_ran
+from ctask.buffers import Capture, Loose
 from ctask.dispatcher import Deadline
+from ctask.ending import ABORT_WITHIN, SILENT_WITHIN, TIMEOUT_WITHIN, WORD_BEFORE
 from ctask.errors import NodeError
 from ctask.feed import Feed, Feeder
-from ctask.handler import Handlers
 from ctask.mailbox import Delivery
 from ctask.options import Command, JobOptions, Target
 from ctask.plan import Stage
-from ctask.result import Attempt, NodeResult, Timings, signal_number
-from ctask.runtime import Runtime
+from ctask.result import Attempt, Ending, NodeResult, Timings
+from ctask.runtime import Runtime, Submission
 from ctask.states import Outcome, Timeline
-from ctask.transports.base import Connection, Session
+from ctask.transports.base import Connection, Session, Transport
 
 if TYPE_CHECKING:
     from ctask.making import ConnectionMaking
 
-__all__ = ["ABORT_WITHIN", "Job", "Submission"]
+__all__ = ["Job"]
 
-#: Seconds after which an aborted job has its outcome, whatever its node says: callers are promised 2.
-ABORT_WITHIN = 1.7
-#: The same after a `timeout`, beyond the grace.
-TIMEOUT_WITHIN = 2.0
-#: Seconds before the promise at which the ending of a session has to say what it knows.
-WORD_BEFORE = 0.1
-
-
-class Submission(Protocol):
-    """The worker, as far as its jobs are concerned."""
-
-    handlers: Handlers
-    last: tuple[str, str, Any]
-    last_rc: int | None
-    #: None: nothing is gathered
-    store: BufferStore | None
-    #: stderr is told apart from stdout
-    apart: bool
-    ok_codes: frozenset[int]
-
-    def began(self, job: Job) -> None:
-        """The job is taken up, for the first time. Dispatcher."""
-
-    def ended(self, job: Job, result: NodeResult) -> None:
-        """The job has its outcome, and its events are in the mailbox. Dispatcher."""
+log = logging.getLogger("ctask.job")
 
 
 class Job:
@@ -88,20 +65,24 @@ class Job:
         self.timeline = Timeline(now)
         self.clock = ConnectClock(self, run.dispatcher, limits.connect_timeout)
         self.outcome: Outcome | None = None
-        self.remote_state: str | None = None
+        #: what became of what was ended on the node
+        self.ending: Ending | None = None
         #: set with the outcome
         self.result: NodeResult | None = None
-        self._store: Capture | Loose = Capture(work.store) if work.store is not None else Loose()
+        self._store: Capture | Loose = (Capture if work.store.gather else Loose)(work.store)
         self._delivery = Delivery(work, node, apart=work.apart)
         self._feeder = Feeder(run, self, feed, self._unfed) if feed is not None else None
         self._begun = False
         self._replaced = False
         self._connection: Connection | None = None
+        #: the connection that was made for it, until it starts
+        self._made: Connection | None = None
         self._making: ConnectionMaking | None = None
         self._session: Session | None = None
         self._inbox: Inbox | None = None
         self._deadlines: list[Deadline] = []
-        self._ending: tuple[Outcome, NodeError] | None = None
+        #: what it will have come to, once its session is ended
+        self._stopped: tuple[Outcome, NodeError] | None = None
         self._quiet_at = 0.0
 
     def __repr__(self) -> str:
@@ -142,11 +123,13 @@ class Job:
     def start(self, connection: Connection, now: float) -> None:
         """Start on a connection on which the job has its place."""
         self._begin()
-        self._connection = connection
+        # Only a kept connection may have died of old age; one that fails right after it was made is told as it is.
+        self._replaced = self._replaced or connection is self._made
+        self._connection, self._made = connection, None
         self.timeline.enter("open", now)
         self.clock.run(now)
         tell = self.limits.timeout is not None or (self._feeder is not None and self._feeder.waiting())
-        inbox = self._inbox = Inbox(self, self.run.gate, tell=tell)
+        inbox = self._inbox = Inbox(self, self.run.gate, self._delivery.waiting, tell=tell)
         session = self._session = connection.prepare(self.command, inbox)
         if not session.try_start():
             self.run.work(self._start_slowly, session, inbox)
@@ -165,9 +148,9 @@ class Job:
 
     # -- what the connection in the making says --------------------------------------------------------------
 
-    def left_making(self, now: float) -> None:
+    def left_making(self, now: float, made: Connection | None = None) -> None:
         """The connection stands, or the server hung up before it began: back to the queue."""
-        self._making = None
+        self._making, self._made = None, made
         self.clock.pause(now)
         self.timeline.enter("queued", now)
 
@@ -188,12 +171,12 @@ class Job:
         now = self.run.dispatcher.clock()
         self._catch_up(inbox)
         if box:
-            self._keep(box, size)
+            self._keep(box)
             if self.outcome is not None:
                 return
         if over:
             self._session_over(inbox.end)
-        elif exited and self._ending is None:  # the status of what was told to end is no news
+        elif exited and self._stopped is None:  # the status of what was told to end is no news
             self._close_quietly(now)
 
     def unstarted(self, inbox: Inbox, error: Exception) -> None:
@@ -214,35 +197,37 @@ class Job:
         if inbox.running_at is not None and timeline.phase == "exec":
             timeline.enter("running", inbox.running_at)
             self.clock.pause(inbox.running_at)
-            if self.limits.timeout is not None and self._ending is None:
+            if self.limits.timeout is not None and self._stopped is None:
                 self._at(inbox.running_at + self.limits.timeout, self.too_long)
-            if self._feeder is not None and self._session is not None and self._ending is None:
+            if self._feeder is not None and self._session is not None and self._stopped is None:
                 self._feeder.connect(self._session)
 
-    def _keep(self, box: list[tuple[int, bytes]], size: int) -> None:
+    def _keep(self, box: list[tuple[int, bytes]]) -> None:
         """Store output, and tell the mailbox where somebody reads it."""
         store, listened = self._store, bool(self.work.handlers.read) and not self._delivery.muted
+        before, failure = store.total, None
         try:
             if isinstance(store, Capture) or listened:
                 for stream, chunk in box:
                     store.append(stream, chunk)
         except errors.LocalResource as error:
-            self.stop(Outcome.ABORTED, error, ABORT_WITHIN)
-            return
+            failure = error.with_traceback(None)  # its frames hold what was stored, and this error
         if listened:
             if self._delivery.reader is None:
                 # Whoever listens from now on hears from the start, as far as it is kept.
                 self._delivery.reader = store.reader()
-                size = store.total
-            self.run.mailbox.readable(self._delivery, size)
+                before = 0
+            self.run.mailbox.readable(self._delivery, store.total - before)
+        if failure is not None:  # what came before it was stored, and is delivered
+            self.stop(Outcome.ABORTED, failure, ABORT_WITHIN, mute=False)
         self._quiet_at = self.run.dispatcher.clock()
 
     def _session_over(self, error: NodeError | None) -> None:
-        if self._ending is not None:
+        if self._stopped is not None:
             return  # the end's own word, or the promise, decides
         assert self._inbox is not None
         if self._inbox.status is not None:
-            self._exited(lingering=False)
+            self._exited(truncated=error is not None)
         elif self._inbox.exec_at is None and isinstance(error, errors.ConnectionLost) and not self._replaced:
             self._replace()
         elif self._inbox.exec_at is None or isinstance(error, errors.ExecRefused):
@@ -261,11 +246,13 @@ class Job:
         self.run.plan.freed(self)
         self.run.plan.requeued((self,))
 
-    def _exited(self, *, lingering: bool) -> None:
+    def _exited(self, *, lingering: bool = False, truncated: bool = False) -> None:
         assert self._inbox is not None
         assert self._inbox.status is not None
+        self.timeline.enter("closing", self.run.dispatcher.clock())
         signal = self._inbox.status[1]
-        self._finish(Outcome.SIGNALED if signal is not None else Outcome.EXITED, None, lingering=lingering)
+        outcome = Outcome.SIGNALED if signal is not None else Outcome.EXITED
+        self._finish(outcome, None, lingering=lingering, truncated=truncated)
 
     # -- the quiet end ---------------------------------------------------------------------------------------
 
@@ -280,7 +267,7 @@ class Job:
     def quiet(self) -> None:
         """End the job if nothing has come for `drain_timeout`, though it could have."""
         limit = self.limits.drain_timeout
-        if self.outcome is not None or self._ending is not None or limit is None:
+        if self.outcome is not None or self._stopped is not None or limit is None:
             return
         assert self._session is not None
         now = self.run.dispatcher.clock()
@@ -311,14 +298,14 @@ class Job:
 
     def not_answered(self) -> None:
         """`connect_timeout` has passed."""
-        if self.outcome is not None or self._ending is not None:
+        if self.outcome is not None or self._stopped is not None:
             return
         limit = self.limits.connect_timeout or 0.0
         if self._session is None:
             if self._making is not None:
                 self._making.catch_up()
             self.run.transport(self.target.transport).unreachable(self.target, self.run.dispatcher.clock())
-            self._finish(Outcome.UNREACHED, _silence(self.timeline.phase, self.target, limit))
+            self._finish(Outcome.UNREACHED, silence(self.timeline.phase, self.target, limit))
             return
         assert self._inbox is not None
         assert self._connection is not None
@@ -327,26 +314,32 @@ class Job:
             return
         self._connection.retire()
         if self._session.drop():
-            self._finish(Outcome.UNREACHED, _silence("open", self.target, limit))
+            self._finish(Outcome.UNREACHED, silence("open", self.target, limit))
         else:
-            self.stop(Outcome.LOST, _silence("exec", self.target, limit), ABORT_WITHIN, mute=False)
+            self.stop(Outcome.LOST, silence("exec", self.target, limit), SILENT_WITHIN, mute=False)
 
     def too_long(self) -> None:
         """`timeout` has passed."""
         error = errors.CommandTimeout(f"timeout after {self.limits.timeout:g} s")
         self.stop(Outcome.TIMEOUT, error, self.limits.stop.grace + TIMEOUT_WITHIN, mute=False)
 
-    def stop(self, outcome: Outcome, error: NodeError, within: float, *, mute: bool = True) -> None:
+    def stop(
+        self, outcome: Outcome, error: NodeError, within: float, at_most: str = "kill", *, mute: bool = True
+    ) -> None:
         """End the job from this side, wherever it is; it has its outcome after `within` seconds at the latest.
 
-        A job that has ended, or is being ended, is left alone: what came first stands.
+        Of a job that has ended, or is being ended, what came first stands; only the outcome may come sooner now.
 
         Args:
+            at_most: the harshest policy that is used on the node.
             mute: lines that were not read yet are not given to handlers any more (abort, the run's deadline).
         """
         if mute:
             self._delivery.muted = True  # also of one that has ended: what was not read is not read any more
-        if self.outcome is not None or self._ending is not None:
+        if self.outcome is not None:
+            return
+        if self._stopped is not None:
+            self._at(self.run.dispatcher.clock() + within, self.promised)
             return
         session, inbox = self._session, self._inbox
         if session is None or inbox is None or session.drop():
@@ -358,36 +351,29 @@ class Job:
             self._finish(outcome, error)
             return
         assert self._connection is not None
-        self._ending = (outcome, error)
+        self._stopped = (outcome, error)
         self._at(self.run.dispatcher.clock() + within, self.promised)
-        # Its word is to come before the promise: what is known by then is told.
-        self.run.work(self._end_slowly, self._connection, session, max(0.0, within - WORD_BEFORE))
+        self.run.endings.add(self, self._connection, session, self.limits.stop.at_most(at_most), within)
 
-    def _end_slowly(self, connection: Connection, session: Session, within: float) -> None:
-        """End the remote session. Pool."""
-        try:
-            state = connection.end((session,), self.limits.stop, within)[session].state
-        except Exception as error:  # noqa: BLE001 (posted)
-            self.run.post(self, self.end_failed, error)
-        else:
-            self.run.post(self, self.word, state)
-
-    def word(self, state: str) -> None:
+    def word(self, ending: Ending) -> None:
         """What became of the session that was to end."""
-        if self.outcome is None and self._ending is not None:
-            self.remote_state = state
-            if state != "gone" and self._connection is not None:
-                self._connection.retire()
-            self._finish(*self._ending)
+        if self.outcome is None and self._stopped is not None:
+            self.ending = ending
+            outcome, error = self._stopped
+            if text := ending.told():
+                error.add(text)
+            self._finish(outcome, error)
 
-    def end_failed(self, error: Exception) -> None:
+    def unended(self, error: Exception) -> None:
         """The ending itself raised: nothing is known of what it was to end."""
-        self.word("unknown")
+        self.promised()
         raise error
 
     def promised(self) -> None:
-        """The caller was promised the outcome by now."""
-        self.word("unknown")
+        """The caller was promised the outcome by now, and the node has not been heard of."""
+        if self.outcome is None and self._connection is not None:
+            self._connection.retire()  # what is still being done there is no later job's business
+        self.word(Ending("unknown"))
 
     def broken(self, error: Exception) -> None:
         """Something in ctask raised while it dealt with this job."""
@@ -396,12 +382,53 @@ class Job:
                 self.run.work(self._session.close)
             failure = errors.LocalResource(f"ctask failed: {error!r}")
             failure.__cause__ = error
-            sent = self._inbox is not None and self._inbox.exec_at is not None
-            self._finish(Outcome.LOST if sent else Outcome.UNREACHED, failure)
+            self._fail(failure)
+        elif self in self.run.live:
+            self._end_anyhow(errors.LocalResource(f"ctask failed: {error!r}"))
+
+    def abandoned(self, error: NodeError) -> None:
+        """The dispatcher ends under the job: the outcome now; what runs is ended by the pool, as far as that goes."""
+        if self.outcome is not None:
+            if self in self.run.live:
+                self._end_anyhow(error)
+            return
+        try:
+            connection, session = self._connection, self._session
+            if connection is not None and session is not None and self._stopped is None and not session.drop():
+                self._connection = None  # its place is given back once the session was told to end
+                self.run.work(self._end_alone, self.run.transport(self.target.transport), connection, session)
+            self._fail(error)
+        except Exception:
+            log.exception("%r could not be ended in order", self)
+            self._end_anyhow(error)
+
+    def _end_alone(self, way: Transport, connection: Connection, session: Session) -> None:
+        """End the session of a job that has its outcome. Pool."""
+        try:
+            connection.end((session,), self.limits.stop, ABORT_WITHIN - WORD_BEFORE)
+        finally:
+            way.give_back(connection)
+
+    def _fail(self, error: NodeError) -> None:
+        sent = self._inbox is not None and self._inbox.exec_at is not None
+        self._finish(Outcome.LOST if sent else Outcome.UNREACHED, error)
+
+    def _end_anyhow(self, error: NodeError) -> None:
+        """Its end itself has raised on the way: nobody would ever be told of it."""
+        outcome = self.outcome = self.outcome or Outcome.LOST
+        error.node = self.node if isinstance(self.node, str) else ""
+        attempts = (Attempt(self.timeline.phase, error, Timings({}, None)),)
+        self.result = error.result = NodeResult(
+            node=self.node, outcome=outcome, rc=None, signal=None, error=error, ran=whether_ran(outcome, self._inbox),
+            ok=False, attempts=attempts, capture=self.capture,
+        )
+        self._tell(None, self.result)
 
     # -- the outcome -----------------------------------------------------------------------------------------
 
-    def _finish(self, outcome: Outcome, error: NodeError | None, *, lingering: bool = False) -> None:
+    def _finish(
+        self, outcome: Outcome, error: NodeError | None, *, lingering: bool = False, truncated: bool = False
+    ) -> None:
         now = self.run.dispatcher.clock()
         inbox = self._inbox
         if inbox is not None:
@@ -418,27 +445,35 @@ class Job:
         first = inbox.first_at - self.timeline.began if inbox is not None and inbox.first_at is not None else None
         attempts = (Attempt(phase, error, Timings(spent, first)),)
         status, signal = (inbox.status if inbox is not None else None) or (None, None)
-        rc = _rc(outcome, status, signal)
+        rc = rc_of(outcome, status, signal)
         result = self.result = NodeResult(
             node=self.node,
             outcome=outcome,
             rc=rc,
             signal=signal if outcome is Outcome.SIGNALED else None,
             error=error,
-            ran=_ran(outcome, inbox),
+            ran=whether_ran(outcome, inbox),
             ok=outcome is Outcome.EXITED and rc in self.work.ok_codes,
             attempts=attempts,
             capture=self.capture,
-            remote_state=self.remote_state,
+            ending=self.ending,
             lingering=lingering,
+            truncated=truncated,
         )
         if error is not None:
             error.node = self.node if isinstance(self.node, str) else ""
             error.phase = error.phase or phase
             error.attempts, error.result = attempts, result
-        self.run.live.discard(self)
-        self.run.mailbox.ended(self._delivery, rc, result)
-        self.work.ended(self, result)
+        self._tell(rc, result)
+
+    def _tell(self, rc: int | None, result: NodeResult) -> None:
+        """Put the end into the mailbox, and resolve the future whatever becomes of that. Once."""
+        try:
+            self.work.starts()
+            self.run.mailbox.ended(self._delivery, rc, result)
+        finally:
+            self.run.live.discard(self)
+            self.work.ended(self, result)
 
     def _release(self, now: float) -> None:
         """Give back all that the job holds."""
@@ -454,43 +489,8 @@ class Job:
             self._connection = None
         if self._feeder is not None:
             self._feeder.stop()
-        self._session = None
+        self._session = self._made = None
 
     def _at(self, when: float, call: Any) -> None:
         self._deadlines = [deadline for deadline in self._deadlines if deadline.call is not None]
         self._deadlines.append(self.run.dispatcher.at(when, self, call))
-
-
-def _rc(outcome: Outcome, status: int | None, signal: str | None) -> int | None:
-    if outcome is Outcome.EXITED:
-        return status
-    if outcome is Outcome.SIGNALED:
-        return 128 + signal_number(signal or "")
-    return 255 if outcome in (Outcome.UNREACHED, Outcome.LOST) else None
-
-
-def _ran(outcome: Outcome, inbox: Inbox | None) -> bool | None:
-    if outcome in (Outcome.EXITED, Outcome.SIGNALED):
-        return True
-    if outcome is Outcome.UNREACHED or inbox is None or inbox.exec_at is None:
-        return False
-    return True if outcome is not Outcome.LOST and inbox.running_at is not None else None
-
-
-def _silence(phase: str, target: Target, limit: float) -> NodeError:
-    """Return the error of a phase in which nothing came for `limit` seconds."""
-    said = f"no answer for {limit:g} s"
-    if phase == "resolve":
-        return errors.ResolveError(f"no address for {target.address} within {limit:g} s", phase=phase, kind=said)
-    if phase in ("tcp", "queued"):
-        return errors.ConnectTimeout(
-            f"no answer from {target.where()} for {limit:g} s", phase="tcp", kind=said
-        )
-    if phase == "banner":
-        return errors.BannerError(said, phase=phase)
-    if phase in ("kex", "hostkey"):
-        return errors.HandshakeTimeout(said, phase=phase)
-    if phase == "auth":
-        hint = f"{said} after the key was offered. Often the home directory (NFS, Lustre) or PAM hangs on the node"
-        return errors.AuthTimeout(hint, phase=phase, kind=said)
-    return errors.SessionTimeout(said, phase=phase)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The owner's side of a task: what waits to be pumped, who is called with it, and the credit that handlers earn.
+"""The owner's side of a task: what waits to be pumped, and who is called with it.
 
 The dispatcher puts entries in; the owner takes them out and runs the handlers, in `Mailbox.pump` only. The mailbox
 holds no bytes: of a job with new output it has one entry, and a reader over the store from which lines are cut.
-`Gate` is the one place where three threads meet; its lock is small and nobody waits or sends under it.
+The credit that handlers earn is counted by the `Gate`.
 """
 
 from __future__ import annotations
@@ -17,120 +17,27 @@ from functools import partial
 from typing import Literal, Protocol
 
 from ctask.buffers import STDERR, Output, Reader
+from ctask.errors import HandlerError, TaskError
+from ctask.gate import Gate
 from ctask.handler import Handlers
 from ctask.result import NodeResult
 
-__all__ = ["Delivery", "Gate", "LineCutter", "Mailbox", "Subject"]
+__all__ = ["Delivery", "LineCutter", "Mailbox", "Subject"]
 
 log = logging.getLogger("ctask.handler")
 
 #: Bytes that are cut into lines at a time.
 SLICE = 256 * 1024
+#: Seconds after which the lines of one node give way to what else is to be delivered.
+TURN = 0.1
 #: Events split a line after so many bytes; the store never does.
 LONGEST_LINE = 1024 * 1024
-#: Bytes of a task that may be on their way from the connections' threads to the store.
-AFLOAT = 16 << 20
+#: Errors of handlers that are kept for the run's end, and those of them that keep their frames: a frame holds its
+#: worker, and with it all that was printed.
+MOST_ERRORS = 1000
+MOST_TRACEBACKS = 10
 #: Seconds after which the main thread looks for a signal whose moment was missed.
 SIGNALS = 0.25
-
-
-class Credited(Protocol):
-    """A session whose credit can be withheld."""
-
-    def give(self) -> None: ...
-
-
-class Gate:
-    """Decides whether nodes may send more.
-
-    Credit is withheld while the owner *delivers* and more than `limit` bytes wait for handlers, and while more
-    than `AFLOAT` bytes wait to be stored. While the owner does not deliver it is given, so that no wait can
-    deadlock.
-
-    Guarantees: asking, withholding and giving happen under one lock, so that no pause is lost; who was refused is
-    given credit once, by `give`, as soon as the reason is gone.
-
-    `_stored` is written by the dispatcher and `_read` by the owner only; each reads the other's late by a moment,
-    which makes the limit soft, not wrong.
-    """
-
-    def __init__(self, limit: int, give: Callable[[list[Credited]], object]) -> None:
-        self.limit = limit
-        self._give = give
-        self._lock = threading.Lock()
-        # Under the lock: delivering, shut, refused, afloat.
-        self._delivering = False
-        self._shut = False
-        self._refused: set[Credited] = set()
-        self._afloat = 0
-        self._stored = 0
-        self._read = 0
-
-    def ask(self, session: Credited) -> bool:
-        """May this session's node send more? Connection's thread."""
-        with self._lock:
-            if not self._shut and self._afloat <= AFLOAT:
-                return True
-            self._refused.add(session)
-            return False
-
-    def withholds(self, session: Credited) -> bool:
-        """Whether this session waits for credit. Any thread."""
-        with self._lock:
-            return session in self._refused
-
-    def posted(self, count: int) -> None:
-        """Bytes are on their way to the store. Connection's thread."""
-        with self._lock:
-            self._afloat += count
-
-    def landed(self, count: int) -> None:
-        """They have arrived, or were thrown away. Dispatcher."""
-        with self._lock:
-            self._afloat -= count
-            waiting = self._release()
-        if waiting:
-            self._give(waiting)
-
-    def more(self, count: int) -> None:
-        """So many bytes now wait for handlers. Dispatcher."""
-        self._stored += count
-        if self._stored - self._read > self.limit:
-            with self._lock:
-                self._shut = self._delivering
-
-    def less(self, count: int) -> None:
-        """Handlers have had so many bytes, or never will. Owner."""
-        self._read += count
-        if self._shut and self._stored - self._read <= self.limit // 2:
-            self._open()
-
-    def begin(self) -> None:
-        """The owner delivers. Owner."""
-        with self._lock:
-            self._delivering = True
-            self._shut = self._stored - self._read > self.limit
-
-    def end(self) -> None:
-        """The owner does something else. Owner."""
-        with self._lock:
-            self._delivering = False
-        if self._shut:
-            self._open()
-
-    def _open(self) -> None:
-        with self._lock:
-            self._shut = False
-            waiting = self._release()
-        if waiting:
-            self._give(waiting)
-
-    def _release(self) -> list[Credited]:
-        """Return who may be given credit now; under the lock."""
-        if self._shut or self._afloat > AFLOAT // 2 or not self._refused:
-            return []
-        waiting, self._refused = list(self._refused), set()
-        return waiting
 
 
 class LineCutter:
@@ -226,9 +133,14 @@ class Delivery:
         self.credited = 0
         #: what is to be delivered next of its end
         self.left: Literal["lines", "hup", "done"] = "lines"
-        #: cut, and not delivered since the pump had to look elsewhere
-        self.lines: deque[tuple[str, list[bytes]]] = deque()
+        #: cut, and not delivered since the pump had to look elsewhere; a deque from the first line on, since an empty
+        #: one takes 600 bytes, and most jobs have nobody who listens
+        self.lines: deque[tuple[str, list[bytes]]] | None = None
         self._cutters: dict[str, LineCutter] = {}
+
+    def waiting(self) -> int:
+        """Return how many bytes wait for handlers. Any thread; of a moment ago."""
+        return self.stored - self.credited
 
     def cut(self, limit: int) -> None:
         """Take at most about `limit` bytes and cut them into `lines`."""
@@ -242,14 +154,19 @@ class Delivery:
                 cutter = self._cutters[sname] = LineCutter()
             lines = cutter.cut(data)
             if lines:
-                self.lines.append((sname, lines))
+                self._add(sname, lines)
 
     def finish(self) -> None:
         """Cut the last lines, which have no end."""
         for sname, cutter in self._cutters.items():
             rest = cutter.rest()
             if rest:
-                self.lines.append((sname, rest))
+                self._add(sname, rest)
+
+    def _add(self, sname: str, lines: list[bytes]) -> None:
+        if self.lines is None:
+            self.lines = deque()
+        self.lines.append((sname, lines))
 
 
 class Mailbox:
@@ -275,7 +192,12 @@ class Mailbox:
         self.epoch = 0
         self.errors: list[Exception] = []
         self.notify: Callable[[], None] = self.ring
+        # What has raised before, by its code: a function made anew for each worker is not to be kept for that.
         self._logged: set[object] = set()
+        #: nothing is delivered any more: the task has failed
+        self.over = False
+        #: what the task has failed by, once every job has its outcome
+        self.failure: BaseException | None = None
 
     # -- the dispatcher's ------------------------------------------------------------------------------------
 
@@ -317,11 +239,43 @@ class Mailbox:
 
     def closed(self, subject: Subject, close: Callable[[], bool]) -> None:
         """A worker's last job has ended; `close` marks it as delivered and tells whether a job timed out."""
-        self._put(lambda done, until: self._each(subject.handlers.close, subject, close()))
+        if self.over:
+            close()
+        else:
+            self._put(lambda done, until: self._each(subject.handlers.close, subject, close()))
+
+    def silence(self) -> None:
+        """Call no handler any more. Dispatcher, when it ends by an error."""
+        self.over = True
+        self.hush()
+        self._entries.clear()
+
+    def fail(self, error: BaseException) -> None:
+        """Wake the owner, who is told that the task has failed, unless what it waits for has come."""
+        self.failure = error
+        self.notify()
+
+    def check(self) -> None:
+        """Raise `TaskError` where the task has failed. Any thread."""
+        if self.failure is not None:
+            raise TaskError(f"this task has failed; task_self() makes a new one: {self.failure!r}") from self.failure
+
+    def raise_errors(self) -> None:
+        """Raise what a run has to raise at its end. Owner."""
+        self.check()
+        error = self.take_errors()
+        if error is not None:
+            raise error
+
+    def take_errors(self) -> HandlerError | None:
+        """Return what handlers have raised since the last time. Owner."""
+        raised, self.errors = self.errors, []
+        return HandlerError("handlers raised; the run went on to its end", raised) if raised else None
 
     def _put(self, entry: Callable[[Callable[[], bool], float | None], None]) -> None:
-        self._entries.append(entry)
-        self.notify()
+        if not self.over:
+            self._entries.append(entry)
+            self.notify()
 
     # -- the owner's -----------------------------------------------------------------------------------------
 
@@ -329,6 +283,9 @@ class Mailbox:
         """Run handlers until `done()`; return False when `until` (monotonic) came first.
 
         Inside a handler it waits without pumping.
+
+        Raises:
+            TaskError: the task has failed, and what is waited for will never come.
         """
         if self.busy:
             return self._wait(done, until)
@@ -338,6 +295,7 @@ class Mailbox:
                 self._deliver(done, until)
             if done():
                 return True
+            self.check()
             if not entries and not self._sleep(until):
                 return False
             if until is not None and time.monotonic() >= until:
@@ -348,6 +306,7 @@ class Mailbox:
         self._gate.end()
         try:
             while not done():
+                self.check()
                 if not self._sleep(until):
                     return done()
             return True
@@ -371,7 +330,7 @@ class Mailbox:
         try:
             while entries:
                 entries.popleft()(done, until)
-                if done() or (until is not None and time.monotonic() >= until):
+                if self.over or done() or (until is not None and time.monotonic() >= until):
                     break
         finally:
             self.busy = False
@@ -385,26 +344,30 @@ class Mailbox:
                 self._raised(callback, error)
 
     def _raised(self, callback: object, error: Exception) -> None:
-        self.errors.append(error)
-        if callback in self._logged:
+        code = _code(callback)
+        if code in self._logged:
             log.error("%s raised again: %r", _name(callback), error)
         else:
-            self._logged.add(callback)
+            self._logged.add(code)
             log.error("%s raised; it is called again for the next event", _name(callback), exc_info=error)
+        if len(self.errors) < MOST_ERRORS:
+            self.errors.append(error if len(self.errors) < MOST_TRACEBACKS else error.with_traceback(None))
 
     def _read(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> None:
         delivery.queued = False
+        gave_way = False
         try:
             if not delivery.lines and not self._silent(delivery):
                 delivery.cut(SLICE)
-            self._lines(delivery, done, until)
+            gave_way = self._lines(delivery, done, until)
         finally:  # also when an interrupt comes out of a handler
             more = delivery.lines or (delivery.reader is not None and delivery.reader.unread())
             if more and not delivery.queued and not self._silent(delivery):
                 delivery.queued = True
                 entry = partial(self._read, delivery)
                 # The rest of a slice comes before everything, the next slice after the others' turn.
-                (self._entries.appendleft if delivery.lines else self._entries.append)(entry)
+                first = delivery.lines and not gave_way
+                (self._entries.appendleft if first else self._entries.append)(entry)
 
     def _end(
         self,
@@ -449,13 +412,14 @@ class Mailbox:
         self._credit(delivery, delivery.stored - delivery.credited)
         return True
 
-    def _lines(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> None:
-        """Deliver the lines that are cut, as long as nothing else is due.
+    def _lines(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> bool:
+        """Deliver the lines that are cut, as long as nothing else is due; return whether others' turn ended it.
 
         A slice of bytes is not a slice of time: after a stride of lines the clock is looked at, and the stride
         follows how slow the handlers are.
         """
         subject, node = delivery.subject, delivery.node
+        turn = time.monotonic() + TURN
         stride = 1
         while delivery.lines and not self._silent(delivery):
             sname, lines = delivery.lines.popleft()
@@ -475,18 +439,23 @@ class Mailbox:
                                 self._raised(callback, error)
                     now = time.monotonic()
                     stride = min(stride * 2, 1024) if now - began < 0.002 else max(1, stride // 4)
-                    if (until is not None and now >= until) or (now - began > 0.002 and done()):
+                    if self._due(now, turn, until) or (now - began > 0.002 and done()):
                         break
             finally:
                 # Also when a KeyboardInterrupt comes out of a handler: what was not delivered is not lost.
                 if at < len(lines):
                     delivery.lines.appendleft((sname, lines[at:]))
                 self._credit(delivery, min(size, delivery.taken - delivery.credited))
-            if delivery.lines and ((until is not None and time.monotonic() >= until) or done()):
-                return
+            if delivery.lines and (self._due(time.monotonic(), turn, until) or done()):
+                return time.monotonic() >= turn
         if not self._silent(delivery):
             # Ends of lines, and a line that has not ended, are read as well.
             self._credit(delivery, delivery.taken - delivery.credited)
+        return False
+
+    def _due(self, now: float, turn: float, until: float | None) -> bool:
+        """Whether the time is up, or this node's turn is and others wait."""
+        return (until is not None and now >= until) or (now >= turn and bool(self._entries))
 
     def _silent(self, delivery: Delivery) -> bool:
         return delivery.muted or delivery.epoch < self.epoch
@@ -494,6 +463,13 @@ class Mailbox:
     def _credit(self, delivery: Delivery, count: int) -> None:
         delivery.credited += count
         self._gate.less(count)
+
+
+def _code(callback: object) -> object:
+    """Return what all functions share that are made by the same lines of a program."""
+    while isinstance(callback, partial):
+        callback = callback.func
+    return getattr(callback, "__code__", None) or type(callback)
 
 
 def _name(callback: object) -> str:

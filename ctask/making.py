@@ -192,7 +192,7 @@ class ConnectionMaking(Making["Job"]):
         self.catch_up()
         now = self._run.dispatcher.clock()
         for job in self.jobs:
-            job.left_making(now)
+            job.left_making(now, connection)
             job.fresh = False
         self._run.plan.made(self)
 

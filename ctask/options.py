@@ -62,6 +62,8 @@ class Target:
         named_known_hosts: whether the caller named them.
         host_key_policy: `verify`, `accept-new` or `insecure-ignore`.
         keep: seconds that an idle connection to it is kept; 0 closes it with its last job.
+        alive_interval: seconds between the questions whether a node in use still lives; None asks nothing. Here and
+            not in `JobOptions`, because a connection has one beat, whatever jobs share it.
     """
 
     transport: str = "ssh"
@@ -74,6 +76,7 @@ class Target:
     named_known_hosts: bool = False
     host_key_policy: str = "verify"
     keep: float = 60.0
+    alive_interval: float | None = 30.0
 
     def where(self) -> str:
         """Return `address:port`, with brackets around an IPv6 address."""
@@ -104,8 +107,9 @@ class Stop:
     Attributes:
         policy: `kill` (TERM, `grace` seconds, KILL), `term` (TERM, and nothing after it) or `leave` (it runs on).
         grace: seconds between TERM and KILL.
-        by: `session` ends all that the command has started; `signal` only asks the server to signal the command, for
-            accounts whose sshd runs a ForceCommand (a second channel would run that once more).
+        by: `session` ends all that the command has started; `signal` only asks the server to signal the command. That
+            is for accounts whose sshd runs a ForceCommand, which a second channel would run once more (a `command=` of
+            a key is noticed). OpenSSH signals neither that nor what runs as root: `remote_state` is `unknown` then.
     """
 
     policy: str = "kill"
@@ -221,6 +225,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "known_hosts": _paths,
     "host_key_policy": _choice(*HOST_KEY_POLICIES),
     "keep": _duration,
+    "alive_interval": seconds,
     # limits of a job
     "connect_timeout": seconds,
     "timeout": seconds,
@@ -244,7 +249,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
 NODE_OPTIONS = frozenset(
     (
         *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "keep"),
-        *("connect_timeout", "timeout", "drain_timeout", "stop", "stop_grace", "stop_by", "fresh"),
+        *("alive_interval", "connect_timeout", "timeout", "drain_timeout", "stop", "stop_grace", "stop_by", "fresh"),
     )
 )
 #: Options that a call of `shell`, `run` or `submit` takes.
@@ -264,6 +269,7 @@ _DEFAULTS: dict[str, Any] = {
     "port": 22,
     "host_key_policy": "verify",
     "keep": 60.0,
+    "alive_interval": 30.0,
     "connect_timeout": 10.0,
     "timeout": None,
     "drain_timeout": 2.0,
@@ -447,6 +453,7 @@ def _target(options: Mapping[str, Any]) -> Target:
         named_known_hosts="known_hosts" in options,
         host_key_policy=options["host_key_policy"],
         keep=options["keep"],
+        alive_interval=options["alive_interval"],
     )
 
 
@@ -465,6 +472,7 @@ def _at(pattern: Target, node: str, options: Mapping[str, Any]) -> Target:
         pattern.named_known_hosts,
         pattern.host_key_policy,
         pattern.keep,
+        pattern.alive_interval,
     )
 
 

@@ -12,12 +12,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctask.buffers import Capture, Output
+from ctask.buffers import Capture, Look, Output
 from ctask.errors import CommandFailed, NodeError, printable
 from ctask.nodes import NodeSet
 from ctask.states import Outcome
 
-__all__ = ["Attempt", "Ending", "Group", "NodeResult", "RemoteProcess", "Timings", "signal_number", "status_text"]
+__all__ = [
+    "Attempt",
+    "Ending",
+    "Group",
+    "NodeResult",
+    "RemoteProcess",
+    "Timings",
+    "processes_text",
+    "signal_number",
+    "status_text",
+]
 
 
 class Timings(Mapping[str, float]):
@@ -76,6 +86,18 @@ class RemoteProcess:
     state: str = ""
     waits_in: str = ""
 
+    def told(self, *, pid: bool = True, word: str = "") -> str:
+        """Return what was seen of it, on one line: ``pid 4711 "df", D in ll_statfs``.
+
+        Args:
+            pid: with its number; without, processes of many nodes read the same.
+            word: what stands before its state.
+        """
+        parts = [f"pid {self.pid} "] * pid + [f'"{printable(self.name)}"'] * bool(self.name)
+        seen = f", {word}{printable(self.state)}" if self.state else ""
+        where = f" in {printable(self.waits_in)}" if seen and self.waits_in else ""
+        return ("".join(parts).strip() or "a process") + seen + where
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -91,6 +113,27 @@ class Ending:
     ended: int | None = None
     processes: tuple[RemoteProcess, ...] = ()
 
+    @property
+    def gone(self) -> int | None:
+        """How many of those that were told to end are there no more, where that is known."""
+        if self.ended is None or self.state not in ("gone", "alive"):
+            return None
+        return max(0, self.ended - len(self.processes))
+
+    def told(self) -> str:
+        """Return what was seen, where something was still there; else nothing: one line, ready for a terminal.
+
+        ``Ended: 2 processes. Still there: pid 4711 "df", state D in ll_statfs (cannot be killed).``
+        """
+        if not self.processes:
+            return ""
+        seen = [
+            process.told(word="state ") + (" (cannot be killed)" if process.state == "D" else "")
+            for process in self.processes
+        ]
+        ended = f"Ended: {processes_text(self.gone)}. " if self.gone else ""
+        return f"{ended}Still there: {'; '.join(seen)}."
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -98,21 +141,27 @@ class Group:
 
     Attributes:
         nodes: the nodes.
-        output: what each of them printed, as people see it (without the last newline).
+        shown: what each of them printed, or where it is to be read when `output` is asked for.
         rc: exit status; 128 + n after a signal; 255 for UNREACHED and LOST; None for TIMEOUT and ABORTED.
         outcome: None for nodes whose job has not ended.
         why: one line for what is not a plain exit, else empty.
     """
 
     nodes: NodeSet
-    output: Output
+    shown: Output | Look
     rc: int | None
     outcome: Outcome | None
     why: str
 
+    @property
+    def output(self) -> Output:
+        """What each of them printed, as people see it (without the last newline); read anew at each call."""
+        return self.shown if isinstance(self.shown, Output) else self.shown.view()
+
     def __repr__(self) -> str:
         said = self.why or status_text(self.outcome, self.rc)
-        return f"<Group {self.nodes} ({len(self.nodes)}) {said}, {len(self.output)} bytes>"
+        size = len(self.shown) if isinstance(self.shown, Output) else self.shown.length()
+        return f"<Group {self.nodes} ({len(self.nodes)}) {said}, {size} bytes>"
 
 
 class NodeResult:
@@ -127,8 +176,9 @@ class NodeResult:
         ran: True: the command ran; False: it was never sent, and is safe to repeat; None: nobody knows.
         ok: exited with a status in the option `ok_codes`.
         attempts: an `Attempt` for each try.
-        remote_state: of what ctask stopped: `gone`, `alive`, `left` or `unknown`; None where nothing was stopped.
+        ending: the `Ending` of what ctask stopped, with what was seen on the node; None where nothing was stopped.
         lingering: the command exited, and something that it left behind still held its output open.
+        truncated: the command exited, and the connection was lost before all of its output had come.
 
     Immutable; safe in any thread.
     """
@@ -136,6 +186,7 @@ class NodeResult:
     __slots__ = (
         "_capture",
         "attempts",
+        "ending",
         "error",
         "lingering",
         "node",
@@ -143,8 +194,8 @@ class NodeResult:
         "outcome",
         "ran",
         "rc",
-        "remote_state",
         "signal",
+        "truncated",
     )
 
     def __init__(
@@ -159,8 +210,9 @@ class NodeResult:
         ok: bool,
         attempts: tuple[Attempt, ...],
         capture: Capture | None,
-        remote_state: str | None = None,
+        ending: Ending | None = None,
         lingering: bool = False,
+        truncated: bool = False,
     ) -> None:
         self.node = node
         self.outcome = outcome
@@ -170,8 +222,9 @@ class NodeResult:
         self.ran = ran
         self.ok = ok
         self.attempts = attempts
-        self.remote_state = remote_state
+        self.ending = ending
         self.lingering = lingering
+        self.truncated = truncated
         self._capture = capture
 
     @property
@@ -190,6 +243,11 @@ class NodeResult:
         return Output(self._capture.output() if self._capture is not None else b"")
 
     @property
+    def remote_state(self) -> str | None:
+        """Of what ctask stopped: `gone`, `alive`, `left` or `unknown`; None where nothing was stopped."""
+        return self.ending.state if self.ending is not None else None
+
+    @property
     def timings(self) -> Timings:
         """Of the last attempt."""
         return self.attempts[-1].timings
@@ -204,9 +262,10 @@ class NodeResult:
         """One line for what was not a plain success, without the node's name; empty for an exit status of 0."""
         if self.error is not None:
             return self.error.why()
-        if self.outcome is Outcome.EXITED and self.rc == 0:
-            return ""
-        return status_text(self.outcome, self.rc, self.signal)
+        said = status_text(self.outcome, self.rc, self.signal)
+        if self.truncated:
+            return f"{said}; connection lost before its last output"
+        return "" if self.outcome is Outcome.EXITED and self.rc == 0 else said
 
     def check(self) -> NodeResult:
         """Return the result itself if it is ok.
@@ -243,6 +302,11 @@ def status_text(outcome: Outcome | None, rc: int | None, signal: str | None = No
     if outcome is Outcome.SIGNALED:
         return f"killed by SIG{printable(signal)}" if signal else "killed by a signal"
     return outcome.lower()
+
+
+def processes_text(count: int | None) -> str:
+    """Return `1 process`, `2 processes`."""
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def signal_number(name: str) -> int:

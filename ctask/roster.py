@@ -53,6 +53,7 @@ class Roster:
             if self._view_over and not self.running:
                 self._view, self._held, self._view_over = [], [], False
             self._prune()
+            worker.admission.given = True
             self._started.append(worker)
             self._view.append(weakref.ref(worker))
             if self.running:
@@ -66,6 +67,8 @@ class Roster:
             self._view = [weakref.ref(worker) for worker in self._held]
             self._view_over = False
             self.running = True
+            for worker in workers:
+                worker.admission.given = True
             self._started.extend(workers)
         return workers
 
@@ -97,7 +100,9 @@ class Roster:
         return done
 
     def _prune(self) -> None:
-        """Let go of what has ended, each time that their number has doubled."""
+        """Let go of what has ended: in front at once, elsewhere each time that their number has doubled."""
+        while self._started and self._started[0].closed:
+            self._started.popleft()
         if len(self._started) >= self._prune_at:
             self._forget_closed()
             self._view = [ref for ref in self._view if ref() is not None]

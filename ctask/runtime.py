@@ -8,18 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ctask.buffers import BufferStore
 from ctask.dispatcher import Dispatcher
-from ctask.mailbox import Gate, Mailbox
+from ctask.ending import Endings
+from ctask.gate import Gate
+from ctask.handler import Handlers
+from ctask.mailbox import Mailbox
 from ctask.plan import Plan
 from ctask.transports.base import Connection, Transport
 
 if TYPE_CHECKING:
     from ctask.job import Job
     from ctask.making import ConnectionMaking
+    from ctask.result import NodeResult
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "Submission"]
+
+
+class Submission(Protocol):
+    """The worker, as far as its jobs are concerned."""
+
+    handlers: Handlers
+    last: tuple[str, str, Any]
+    last_rc: int | None
+    store: BufferStore
+    #: stderr is told apart from stdout
+    apart: bool
+    ok_codes: frozenset[int]
+
+    def starts(self) -> None:
+        """Something of it is about to be told: its start comes first. Dispatcher."""
+
+    def began(self, job: Job) -> None:
+        """The job is taken up, for the first time. Dispatcher."""
+
+    def ended(self, job: Job, result: NodeResult) -> None:
+        """The job has its outcome, and its events are in the mailbox. Dispatcher."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +55,7 @@ class Runtime:
     Attributes:
         work: hands a call to the task's pool; it only posts what comes of it.
         transport: returns the transport of that name.
+        endings: takes the sessions that are to be ended; the dispatcher's.
         live: the jobs without an outcome; the dispatcher's.
     """
 
@@ -38,6 +65,7 @@ class Runtime:
     mailbox: Mailbox
     work: Callable[..., None]
     transport: Callable[[str], Transport]
+    endings: Endings
     live: set[Job] = field(default_factory=set)
 
     def post(self, subject: Any, call: Callable[..., None], *args: Any) -> None:

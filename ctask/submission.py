@@ -25,7 +25,7 @@ from ctask.options import Call, Command, JobOptions, Options, Target, command_of
 from ctask.runtime import Runtime
 from ctask.worker import Worker, add_handlers, text_of
 
-__all__ = ["GIVEN_NOT", "MOST_NODES", "CommandLike", "Stdin", "Submitter", "read_once"]
+__all__ = ["GIVEN_NOT", "MOST_NODES", "CommandLike", "Stdin", "Submitter", "node_set", "read_once"]
 
 #: More nodes than that in one command are refused by arithmetic, before they are spelled out.
 MOST_NODES = 100_000
@@ -85,7 +85,7 @@ class Submitter:
             apart=call.get("stderr"),
             ok_codes=call.get("ok_codes"),
             handlers=handlers,
-            store=BufferStore(self._budget) if call.get("gather") else None,
+            store=BufferStore(self._budget, gather=call.get("gather")),
         )
         if remote:
             worker.assign(self._remote_jobs(worker, command, names, call, stdin), names)
@@ -129,6 +129,11 @@ class Submitter:
             job = self._job(worker, node, target, line, limits, now, stdin)
             (last if transport.shunned(target, now) else first).append(job)
         return first + last
+
+
+def node_set(nodes: NodesLike) -> NodeSet:
+    """Return a node set from its text, or from names."""
+    return NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
 
 
 def _names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet:

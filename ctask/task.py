@@ -1,49 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Task: the object of one thread, with its dispatcher, its pool, its mailbox and the workers of its run.
 
-Its public methods may be called in any thread; those that wait pump in the owner's only. Which workers are whose is
-the roster's; `_asked` and `_unfinished` are between a task with a thread of its own and the threads that ask it.
+Its public methods may be called in any thread; those that wait pump in the owner's only.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import logging
 import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, overload
 
 from ctask import gather
 from ctask.buffers import MemoryBudget
+from ctask.ending import ABORT_WITHIN
 from ctask.engine import Engine
 from ctask.errors import (
     Aborted,
     AlreadyRunningError,
     CommandTimeout,
-    HandlerError,
     NodeError,
     OptionError,
     TaskError,
     TaskTimeout,
     WrongThread,
 )
-from ctask.job import ABORT_WITHIN
-from ctask.nodes import NodeSet, NodesLike
+from ctask.nodes import NodesLike
 from ctask.options import Options, seconds
+from ctask.ownthread import OwnThread
 from ctask.roster import Roster
 from ctask.states import Outcome
-from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, read_once
+from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, node_set, read_once
 from ctask.transports import transport
 from ctask.worker import Worker
 
 __all__ = ["Task", "task_self"]
-
-log = logging.getLogger("ctask.task")
 
 #: Seconds after which a run returns when its deadline has passed, or after Ctrl-C; and those after which its jobs
 #: have their outcome, so that their last events are delivered before.
@@ -59,12 +55,14 @@ _endings: set[weakref.finalize[[], _Sentinel]] = set()
 
 def task_self() -> Task:
     """Return the task of the calling thread, made at the first call."""
-    task: Task | None = getattr(_local, "task", None)
-    if task is None:
-        task = _local.task = Task(_thread=threading.current_thread())
+    ref: weakref.ref[Task] | None = getattr(_local, "task", None)
+    task = ref() if ref is not None else None
+    if task is None or task.failed:
+        task = _local.kept = Task(_thread=threading.current_thread())
+        _local.task = weakref.ref(task)
         # The thread's end drops what is local to it: then the task ends what still runs, and its threads.
         _local.sentinel = sentinel = _Sentinel()
-        ending = weakref.finalize(sentinel, task.close)
+        ending = weakref.finalize(sentinel, task.close, deliver=False)
         ending.atexit = False
         _endings.difference_update([one for one in list(_endings) if not one.alive])
         _endings.add(ending)
@@ -79,7 +77,8 @@ class Task(gather.Gathered):
     """Runs commands on many nodes, for the thread that it belongs to; `task_self()` returns it.
 
     `Task()` makes one with a thread of its own: `run()` and `resume()` then return at once, and `join()` waits.
-    Results are those of the current run: of the workers that `resume()` or `run()` began or took in.
+    Results are those of the current run: of the workers that `resume()` or `run()` began or took in. Dropping a task
+    that has nothing to run any more ends its threads.
 
     Attributes:
         thread: the thread that owns it: handlers run there.
@@ -98,15 +97,15 @@ class Task(gather.Gathered):
         self._submitter = Submitter(self, self._engine.run, self._options, self._budget)
         self._roster = Roster()
         self._closed = False
-        # Runs that other threads have asked a thread of our own for, and how many of them are over.
-        self._asked: deque[tuple[float | None, list[Worker]]] = deque()
-        self._unfinished = 0
-        self._idle = threading.Condition()
-        self._own = _thread is None
+        self._own: OwnThread[Worker] | None = None
+        if _thread is None:
+            self._own = OwnThread(self._name, self, self._mailbox, partial(setattr, _local, "task", weakref.ref(self)))
+            _thread = self._own.thread
+        self.thread = _thread
         _tasks.add(self)
-        self.thread = _thread or threading.Thread(target=self._serve, name=self._name, daemon=True)
-        if self._own:
-            self.thread.start()
+        weakref.finalize(self, _dropped, self._engine, self._own).atexit = False
+        if self._own is not None:
+            self._own.thread.start()
 
     # -- options ---------------------------------------------------------------------------------------------
 
@@ -131,8 +130,7 @@ class Task(gather.Gathered):
         elif own == "output_memory":
             self._budget.limit = parsed
 
-    #: ClusterShell keeps two tables; here they are one.
-    default = info
+    default = info  # ClusterShell keeps two tables; here they are one
     set_default = set_info
 
     def node_options(self, nodes: NodesLike, **options: object) -> None:
@@ -141,13 +139,12 @@ class Task(gather.Gathered):
         Args:
             nodes: a node set, or names.
             options: `user port address identity known_hosts host_key_policy connect_timeout timeout
-                drain_timeout stop stop_grace stop_by keep fresh transport`.
+                drain_timeout stop stop_grace stop_by keep alive_interval fresh transport`.
 
         Raises:
             OptionError: no such option of a node, or no such value.
         """
-        chosen = NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
-        self._options.set_nodes(chosen, options)
+        self._options.set_nodes(node_set(nodes), options)
 
     # -- submitting ------------------------------------------------------------------------------------------
 
@@ -258,6 +255,7 @@ class Task(gather.Gathered):
         allow_empty: bool,
         options: dict[str, object],
     ) -> Worker:
+        self._mailbox.check()
         if self._closed:
             raise TaskError("this task is closed: its thread has ended, or the interpreter ends")
         return self._submitter.make(
@@ -289,19 +287,25 @@ class Task(gather.Gathered):
         Raises:
             TaskTimeout: the deadline has passed; results are kept.
             HandlerError: handlers raised; the run went on to its end.
+            TaskError: the task itself has failed; every node has its result all the same.
             AlreadyRunningError: inside a handler of this task.
         """
         limit = seconds("deadline", deadline)
+        self._mailbox.check()
         self._may_run("resume")
         if threading.current_thread() is not self.thread:
             self._ask(limit)
             return
-        self._execute(limit, self._roster.take_scheduled())
+        self.execute(limit, self._roster.take_scheduled())
 
     def join(self, deadline: float | None = None) -> bool:
         """Wait until all that was started has ended; its workers are a run as well.
 
         Returns False when `deadline` seconds have passed before: nothing is ended then.
+
+        Raises:
+            TaskError: the task itself has failed.
+            HandlerError: handlers raised.
         """
         until = None if (limit := seconds("deadline", deadline)) is None else time.monotonic() + limit
         if threading.current_thread() is self.thread and not self._mailbox.busy:
@@ -310,27 +314,32 @@ class Task(gather.Gathered):
                 done = self._mailbox.pump(self._roster.all_closed(), until)
             finally:
                 self._roster.end()
-            self._raise_handler_errors()
+            self._mailbox.raise_errors()
             return done
         waiting = [future for worker in self._roster.unfinished() for future in worker.futures.values()]
         waited = self.wait_for(lambda: all(future.done() for future in waiting), until)
         if waited is not None:
             return waited
-        with self._idle:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            if not self._idle.wait_for(lambda: not self._unfinished, left):
-                return False
         left = None if until is None else max(0.0, until - time.monotonic())
-        return not concurrent.futures.wait(waiting, left).not_done
+        if self._own is not None and not self._own.wait(left):
+            return False
+        left = None if until is None else max(0.0, until - time.monotonic())
+        done = not concurrent.futures.wait(waiting, left).not_done
+        self._mailbox.check()
+        return done
 
     def abort(self) -> None:
         """End all that runs, and all that is scheduled: within 2 s every job has its outcome, `ABORTED`.
 
-        Never waits; safe in any thread, in handlers, and in signal handlers. The task can be used again.
+        What runs on the nodes is ended by the option `stop`. Never waits; safe in any thread, in handlers, and in
+        signal handlers. The task can be used again.
         """
+        self._abort(ABORT_WITHIN)
+
+    def _abort(self, within: float) -> None:
         for worker in self._roster.take_scheduled():
             self._start(worker)
-        self._engine.stop(Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+        self._engine.stop(Outcome.ABORTED, Aborted(), within)
 
     def _may_run(self, what: str) -> None:
         if threading.get_ident() == self._engine.dispatcher.ident:
@@ -340,7 +349,7 @@ class Task(gather.Gathered):
                 f"{what}() inside a handler: this task is already running. Use task.shell() or task.submit() here."
             )
 
-    def _execute(self, limit: float | None, scheduled: list[Worker]) -> None:
+    def execute(self, limit: float | None, scheduled: list[Worker]) -> None:
         """One run. Owner."""
         until = None if limit is None else time.monotonic() + limit
         self._mailbox.errors = []
@@ -352,69 +361,45 @@ class Task(gather.Gathered):
             if not finished:
                 self._end_run(CommandTimeout(f"deadline of {limit:g} s passed"), Outcome.TIMEOUT, done)
         except BaseException:
-            # Ctrl-C, or a handler that wants out: everything is ended, and whoever waits for it is told.
-            self._end_run(Aborted("interrupted"), Outcome.ABORTED, done)
+            # Ctrl-C, or a handler that wants out: all is ended, and who waits is told. Firmware is not killed for it.
+            self._end_run(Aborted("interrupted"), Outcome.ABORTED, done, at_most="term")
             raise
         finally:
             self._roster.end()
         if not finished:
             late = TaskTimeout(f"the run's deadline of {limit:g} s has passed; results so far are kept")
-            raise late from self._handler_errors()
-        self._raise_handler_errors()
+            raise late from self._mailbox.take_errors()
+        self._mailbox.raise_errors()
 
-    def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool]) -> None:
-        self._engine.stop(outcome, error, PROMPT_WITHIN)
+    def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool], at_most: str = "kill") -> None:
+        self._engine.stop(outcome, error, PROMPT_WITHIN, at_most)
         self._mailbox.pump(done, time.monotonic() + RETURN_WITHIN)
 
-    def _handler_errors(self) -> HandlerError | None:
-        raised, self._mailbox.errors = self._mailbox.errors, []
-        return HandlerError("handlers raised; the run went on to its end", raised) if raised else None
-
-    def _raise_handler_errors(self) -> None:
-        error = self._handler_errors()
-        if error is not None:
-            raise error
-
     def wait_for(
-        self, done: Callable[[], bool], until: float | None, heard: Callable[[], bool] | None = None
+        self,
+        done: Callable[[], bool],
+        until: float | None,
+        heard: Callable[[], bool] | None = None,
+        *,
+        begun: bool = True,
     ) -> bool | None:
         """See `ctask.future.Waiting`; where handlers can run meanwhile, wait for `heard()` in place of `done()`."""
         if threading.get_ident() == self._engine.dispatcher.ident:
             raise WrongThread("this would wait in a done-callback, which runs in the dispatcher")
         if threading.current_thread() is not self.thread:
             return None
+        if not begun and not done():
+            raise TaskError("this is scheduled and does not run yet, so its end would never come: call resume()")
         return self._mailbox.pump(done if heard is None or self._mailbox.busy else heard, until)
 
-    # -- a thread of its own ---------------------------------------------------------------------------------
-
     def _ask(self, limit: float | None) -> None:
-        if not self._own:
-            for worker in self._roster.take_scheduled():
-                self._start(worker)
-            self._mailbox.notify()
+        scheduled = self._roster.take_scheduled()
+        if self._own is not None:
+            self._own.ask(limit, scheduled)
             return
-        with self._idle:
-            self._unfinished += 1
-        self._asked.append((limit, self._roster.take_scheduled()))
+        for worker in scheduled:
+            self._start(worker)
         self._mailbox.notify()
-
-    def _serve(self) -> None:
-        """The life of a thread of our own: run what it is asked to run."""
-        _local.task = self
-        while not self._closed:
-            self._mailbox.pump(lambda: bool(self._asked) or self._closed)
-            while self._asked and not self._closed:
-                limit, scheduled = self._asked.popleft()
-                try:
-                    self._execute(limit, scheduled)
-                except Exception:
-                    log.exception("a run of %s ended with an error", self._name)
-                finally:
-                    with self._idle:
-                        self._unfinished -= 1
-                        self._idle.notify_all()
-
-    # -- views and ends --------------------------------------------------------------------------------------
 
     def _sources(self) -> Sequence[gather.Source]:
         return self._roster.view()
@@ -424,9 +409,18 @@ class Task(gather.Gathered):
         """The workers of the current run that the program or the task still holds."""
         return self._roster.view()
 
+    def unfinished(self) -> list[Worker]:
+        """Return what was started and has not ended, or not been delivered. Any thread."""
+        return self._roster.unfinished()
+
     def running(self) -> bool:
         """Whether a run is under way."""
         return self._roster.running
+
+    @property
+    def failed(self) -> bool:
+        """Whether the task itself has ended by an error; `task_self()` makes a new one then."""
+        return self._mailbox.failure is not None
 
     def disconnect(self, nodes: NodesLike | None = None) -> None:
         """Close the kept connections to these nodes, or all; one that is in use is closed after its last job.
@@ -436,22 +430,32 @@ class Task(gather.Gathered):
         if nodes is None:
             transport("ssh").disconnect(None)
             return
-        chosen = NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
         call = self._options.call({})
-        transport("ssh").disconnect({call.resolve(node)[0] for node in chosen})
+        transport("ssh").disconnect({call.resolve(node)[0] for node in node_set(nodes)})
 
-    def close(self) -> None:
-        """End everything and the task's threads. Any thread; called at the end of the owner's."""
+    def close(self, *, deliver: bool = True, within: float = ABORT_WITHIN) -> None:
+        """End everything and the task's threads. Any thread; at the end of the owner's nothing is delivered.
+
+        Args:
+            within: seconds after which every job has its outcome.
+        """
         self._closed = True
-        self.abort()
-        self._mailbox.notify()
-        self._engine.close()
+        if not deliver:
+            self._mailbox.silence()
+        self._abort(within)
+        _dropped(self._engine, self._own)
+
+    def disown(self, error: BaseException) -> None:
+        """Refuse everything from now on: none of its threads lives in this process."""
+        self._closed = True
+        self._mailbox.silence()
+        self._mailbox.fail(error)
 
     def closing(self, timeout: float) -> bool:
         """Wait for the threads after `close()`; return whether they have ended."""
         until = time.monotonic() + timeout
         ended = self._engine.closing(timeout)
-        if self._own and threading.current_thread() is not self.thread:
+        if self._own is not None and threading.current_thread() is not self.thread:
             self.thread.join(max(0.0, until - time.monotonic()))
         return ended
 
@@ -463,6 +467,13 @@ class Task(gather.Gathered):
             f"<Task {self._number} of {self.thread.name}: {state}, {len(workers)} workers ({left} not ended), "
             f"fan-out {plan.fanout}, {plan.slots} slots taken, {plan.dialing} dialing>"
         )
+
+
+def _dropped(engine: Engine, own: OwnThread[Worker] | None) -> None:
+    """End a task's threads. Any thread, the garbage collector too: it only posts."""
+    if own is not None:
+        own.close()
+    engine.close()
 
 
 def all_tasks() -> list[Task]:
@@ -479,5 +490,11 @@ def forget_tasks() -> None:
     _local.__dict__.clear()
 
 
-# A forked child has none of the threads, and begins with no task. What its parent runs is the parent's.
-os.register_at_fork(after_in_child=forget_tasks)
+def _forked() -> None:
+    # The child has none of the threads, and begins with no task. Who waits here for the parent's would wait for ever.
+    for one in all_tasks():
+        one.disown(TaskError("what it runs is the parent's: this process was forked"))
+    forget_tasks()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -8,6 +8,7 @@ delivered are the owner's; everything else is read by anybody.
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import shlex
 import time
 from collections import Counter
@@ -17,10 +18,11 @@ from typing import Any, Protocol, Self
 
 from ctask import gather
 from ctask.buffers import BufferStore, Output
+from ctask.ending import ABORT_WITHIN
 from ctask.errors import Aborted, OptionError
-from ctask.future import Future
+from ctask.future import Admission, Future
 from ctask.handler import EVENTS, Handlers
-from ctask.job import ABORT_WITHIN, Job
+from ctask.job import Job
 from ctask.nodes import NodeSet
 from ctask.options import seconds
 from ctask.result import Group, NodeResult
@@ -29,12 +31,19 @@ from ctask.states import Outcome
 
 __all__ = ["Owner", "Worker"]
 
+log = logging.getLogger("ctask.worker")
+
 
 class Owner(Protocol):
     """The task, as far as its workers need it."""
 
     def wait_for(
-        self, done: Callable[[], bool], until: float | None, heard: Callable[[], bool] | None = None
+        self,
+        done: Callable[[], bool],
+        until: float | None,
+        heard: Callable[[], bool] | None = None,
+        *,
+        begun: bool = True,
     ) -> bool | None: ...
 
 
@@ -65,7 +74,7 @@ class Worker(gather.Gathered):
         apart: bool,
         ok_codes: frozenset[int],
         handlers: Handlers,
-        store: BufferStore | None,
+        store: BufferStore,
     ) -> None:
         self.task = task
         self.number = number
@@ -76,6 +85,7 @@ class Worker(gather.Gathered):
         self.handlers = handlers
         self.store = store
         self.futures: dict[Any, Future] = {}
+        self.admission = Admission()
         self.nodes: Any = []
         self.last: tuple[Any, str, Output] = (None, "stdout", Output(b""))
         self.last_rc: int | None = None
@@ -96,7 +106,7 @@ class Worker(gather.Gathered):
         self._jobs = list(jobs)
         self.nodes = nodes
         for job in self._jobs:
-            self.futures[job.node] = Future(self.task, job.node, self._canceller(job))
+            self.futures[job.node] = Future(self.task, job.node, self._canceller(job), self.admission)
         if not self._jobs:
             self._closed = True
 
@@ -122,36 +132,48 @@ class Worker(gather.Gathered):
 
     # -- told by its jobs; dispatcher ------------------------------------------------------------------------
 
-    def began(self, job: Job) -> None:
-        """A job is taken up."""
+    def starts(self) -> None:
+        """The first of its jobs is taken up, or ended while it waited."""
         if not self._started:
             self._started = True
             self._run.mailbox.started(self)
+
+    def began(self, job: Job) -> None:
+        """A job is taken up."""
+        self.starts()
         self._run.mailbox.picked_up(self, job.node)
         self.futures[job.node].set_running_or_notify_cancel()
 
     def ended(self, job: Job, result: NodeResult) -> None:
         """A job has its outcome."""
         last = len(self._ended) + 1 == len(self._jobs)
-        if last:
-            if self.store is not None:
-                self.store.close()
-            # A worker that nobody listens to is closed now: a program that never pumps keeps nothing of it.
-            if self.handlers:
-                self._run.mailbox.closed(self, self._close)
-            else:
-                self._close()
-        future = self.futures[job.node]
-        if not future.running():
-            future.set_running_or_notify_cancel()
-        if result.error is not None:
-            future.set_exception(result.error)
+        try:
+            if last:
+                self._last_ended()
+        finally:
+            self._resolve(self.futures[job.node], result, last=last)
+
+    def _last_ended(self) -> None:
+        self.store.close()
+        # A worker that nobody listens to is closed now: a program that never pumps keeps nothing of it.
+        if self.handlers:
+            self._run.mailbox.closed(self, self._close)
         else:
-            future.set_result(result)
-        # After the future: who was told of the result finds the future done.
-        self._ended.append(result)
-        if last or future.watched or self._watched:
-            self._run.mailbox.notify()
+            self._close()
+
+    def _resolve(self, future: Future, result: NodeResult, *, last: bool) -> None:
+        try:
+            if not future.running():
+                future.set_running_or_notify_cancel()
+            if result.error is not None:
+                future.set_exception(result.error)
+            else:
+                future.set_result(result)
+        finally:
+            # After the future: who was told of the result finds the future done. Also where a done-callback wants out.
+            self._ended.append(result)
+            if last or future.watched or self._watched:
+                self._run.mailbox.notify()
 
     def _close(self) -> bool:
         self._closed = True
@@ -163,7 +185,7 @@ class Worker(gather.Gathered):
     @property
     def closed(self) -> bool:
         """Whether every job has its outcome and its events were delivered."""
-        return self._closed and self.done()
+        return (self._closed or self._run.mailbox.over) and self.done()
 
     def done(self) -> bool:
         """Whether every job has its outcome."""
@@ -174,13 +196,19 @@ class Worker(gather.Gathered):
 
         In the task's own thread its handlers have been called by then, unless it is a handler that waits. Only
         waits: neither the deadline nor Ctrl-C ends a job.
+
+        Raises:
+            TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
         limit = seconds("deadline", deadline)
         until = None if limit is None else time.monotonic() + limit
-        waited = self.task.wait_for(self.done, until, lambda: self.closed)
+        waited = self.task.wait_for(self.done, until, lambda: self.closed, begun=self._begun())
         if waited is None:
             concurrent.futures.wait(self.futures.values(), limit)
         return self.done()
+
+    def _begun(self) -> bool:
+        return self.admission.given or all(future.begun for future in self.futures.values())
 
     def check(self) -> None:
         """Wait until every job has its outcome; return if all have ended well.
@@ -199,7 +227,11 @@ class Worker(gather.Gathered):
         while given < len(self._jobs):
             if given == len(self._ended):
                 target = given
-                waited = self.task.wait_for(lambda: len(self._ended) > target, None)  # noqa: B023 (called here)
+                waited = self.task.wait_for(
+                    lambda: len(self._ended) > target,  # noqa: B023 (called here)
+                    None,
+                    begun=self._begun(),
+                )
                 if waited is None:
                     pending = [future for future in self.futures.values() if not future.done()]
                     concurrent.futures.wait(pending, None, concurrent.futures.FIRST_COMPLETED)
@@ -254,8 +286,11 @@ class Worker(gather.Gathered):
         Raises:
             KeyError: the worker has no such node.
         """
-        for job in self._chosen(nodes):
-            self._run.post(job, job.stop, Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+        chosen = self._chosen(nodes)
+        for job in chosen:
+            self.futures[job.node].take_back()
+        # One post: between several, what waits would begin in the slots of what was ended.
+        self._run.post(None, _abort_each, chosen)
 
     def write(self, data: bytes | str, nodes: Any = None) -> None:
         """Add to the standard input of these nodes' commands, or of all. Never waits.
@@ -382,6 +417,16 @@ class Worker(gather.Gathered):
         shown = self.command if len(self.command) <= 40 else self.command[:39] + "…"
         nodes = f" {self.nodes} ({len(self.nodes)})" if self.remote else ""
         return f"<Worker {self.number} {shown!r}{nodes}: {self.counts()}, {self.elapsed:.1f} s>"
+
+
+def _abort_each(jobs: Sequence[Job]) -> None:
+    """End these jobs. Dispatcher."""
+    for job in jobs:
+        try:
+            job.stop(Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+        except Exception as error:
+            log.exception("aborting %r failed", job)
+            job.broken(error)
 
 
 def text_of(command: Any) -> str:

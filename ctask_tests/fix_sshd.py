@@ -202,6 +202,17 @@ class Sshd:
         self._process.kill()
         self._process.wait()
 
+    def restart(self) -> None:
+        """End the server and its sessions; return when it answers again, on the same port with the same keys."""
+        self._orphans = self._descendants()
+        self._end_master()
+        for pid in self._orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._launch(find_sshd(), [str(self.folder / f"host_{i}") for i in range(len(self._key_types))])
+        assert self._answers(), self.log()
+        self.wait_idle()
+
     def kill_session(self, address: str | None = None) -> int:
         """Kill (-9) the session processes of one node, or of all, under their commands; return how many."""
         pids = self.sessions(address)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import random
 import socket
 import struct
 import sys
@@ -35,6 +36,7 @@ __all__ = [
     "Rule",
     "Slice",
     "Stall",
+    "Throttle",
     "When",
     "Xor",
 ]
@@ -122,9 +124,20 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Hold everything from here on for that many seconds (a longer way, not a slower one)."""
+    """Hold everything from here on for that many seconds (a longer way, not a slower one).
+
+    `jitter`: each piece for up to that many more, drawn for it; the order stays.
+    """
 
     seconds: float
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """From here on, at most that many bytes per second."""
+
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +156,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Xor:
-    """Flip all bits of the byte that comes `offset` bytes after this point."""
+    """Corrupt: flip all bits of the byte that comes `offset` bytes after this point."""
 
     offset: int = 0
 
@@ -163,7 +176,7 @@ class Inject:
 
 
 When = AtBytes | OnMatch | OnMessage | After | OnEvent
-Do = Rst | Fin | HalfClose | Stall | Resume | Delay | Drip | Slice | Xor | Drop | Inject
+Do = Rst | Fin | HalfClose | Stall | Resume | Delay | Throttle | Drip | Slice | Xor | Drop | Inject
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +192,14 @@ class Rule:
 class Lane:
     """One direction: what came in, where the rules cut it, what goes out and when."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, rules: list[Rule], born: float) -> None:
+    def __init__(
+        self, source: socket.socket, target: socket.socket, rules: list[Rule], born: float, dice: random.Random
+    ) -> None:
         self.source = source
         self.target = target
         self.finished = False  # the source has ended and everything was passed on, the end too
+        self.struck = False  # a rule has acted
+        self._dice = dice
         self._rules = list(rules)
         self._born = born
         self._pending = bytearray()  # not yet past the rules
@@ -195,7 +212,8 @@ class Lane:
         self._stalled = False
         self._last: Rst | Fin | HalfClose | None = None  # to be done once everything before it is out
         self._at_once = False  # ... or without waiting for that
-        self._delay = 0.0
+        self._delay = Delay(0.0)
+        self._rate = 0.0
         self._interval = 0.0
         self._size = 0
         self._not_before = 0.0
@@ -254,6 +272,8 @@ class Lane:
         if self.wants_output(now):
             due, data = self._out.popleft()
             size = 1 if self._interval else self._size or len(data)
+            if self._rate:
+                size = min(size, max(1, round(self._rate * TICK)))
             try:
                 sent = self.target.send(data[:size])
             except BlockingIOError:
@@ -261,6 +281,8 @@ class Lane:
             if sent < len(data):
                 self._out.appendleft((due, data[sent:]))
             self._not_before = now + self._interval
+            if self._rate:
+                self._not_before += sent / self._rate
         if isinstance(self._last, HalfClose) and not self._out:
             self.end()
         if self._ended and not (self._pending or self._out or self._stalled or self.finished):
@@ -326,9 +348,11 @@ class Lane:
         lost = min(self._dropping, len(data))
         self._dropping -= lost
         if len(data) > lost:
-            self._out.append((now + self._delay, bytes(data[lost:])))
+            held = self._delay.seconds + self._delay.jitter * self._dice.random()
+            self._out.append((now + held, bytes(data[lost:])))
 
     def _act(self, do: Do, *, at_once: bool) -> None:
+        self.struck = True
         match do:
             case Rst() | Fin() | HalfClose():
                 self._last = do
@@ -339,8 +363,10 @@ class Lane:
                 self._stalled = True
             case Resume():
                 self._stalled = False
-            case Delay(seconds):
-                self._delay = seconds
+            case Delay():
+                self._delay = do
+            case Throttle(rate):
+                self._rate = rate
             case Drip(interval):
                 self._interval = interval
             case Slice(size):

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctask.buffers import BLOCK, STDERR, STDOUT, BufferStore, Capture, Loose, MemoryBudget, Output, view
-from ctask.errors import LocalResource
 
 chunks = st.lists(st.tuples(st.sampled_from((STDOUT, STDERR)), st.binary(min_size=1, max_size=40)), max_size=40)
 
@@ -83,7 +82,7 @@ def test_e08_identical_output_of_many_nodes_is_one_copy() -> None:
     for capture in captures:
         capture.seal()
     assert len({capture.key() for capture in captures}) == 4
-    assert where.held < 20_000
+    assert where.budget.held < 20_000
 
 
 @given(st.dictionaries(st.integers(0, 20), st.lists(st.binary(max_size=6), max_size=4), max_size=12))
@@ -103,23 +102,45 @@ def test_two_nodes_group_together_exactly_when_they_printed_the_same(
                 assert (first.key() == second.key()) is same
 
 
-def test_the_ceiling_is_told_and_what_was_stored_is_kept() -> None:
-    budget = MemoryBudget(100)
-    capture = Capture(BufferStore(budget))
-    capture.append(STDOUT, b"x" * 90)
-    with pytest.raises(LocalResource, match="output_memory"):
-        capture.append(STDOUT, b"y" * 20)
-    capture.seal()
-    assert capture.stdout() == b"x" * 90 + b"y" * 20
-
-
-def test_what_the_program_dropped_does_not_count() -> None:
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_the_program_dropped_does_not_count(ended: bool) -> None:
     budget = MemoryBudget(100)
     for _ in range(10):
-        where = BufferStore(budget)
-        Capture(where).append(STDOUT, b"x" * 90)
-        del where
-        gc.collect()
+        capture = fill(BufferStore(budget), [(STDOUT, b"x" * 90), (STDERR, b"y" * 90), (STDOUT, b"z")])
+        if ended:
+            capture.seal()
+        assert 181 <= budget.held < 3000
+        del capture
+        assert budget.held == 0
+
+
+def test_a_result_that_is_kept_counts_and_keeps_nothing_else() -> None:
+    budget = MemoryBudget(1 << 30)
+    where = BufferStore(budget)
+    kept = fill(where, [(STDOUT, b"k" * BLOCK * 2)])
+    dropped = fill(where, [(STDOUT, b"d" * BLOCK * 9)])
+    for capture in (kept, dropped):
+        capture.seal()
+    where.close()
+    assert budget.held > 11 * BLOCK
+    del dropped, capture
+    assert 2 * BLOCK <= budget.held < 3 * BLOCK
+    assert kept.stdout() == b"k" * BLOCK * 2
+
+
+def test_small_chunks_are_charged_by_their_bytes_and_joined() -> None:
+    where = store()
+    capture = Capture(where)
+    reader = capture.reader()
+    taken = []
+    for number in range(10_000):
+        capture.append(STDOUT, b"%d" % (number % 10))
+        if number % 7 == 0:
+            taken += [data for _, data in reader.take(1 << 20)]
+    assert capture.out is not None
+    assert len(capture.out.state[1]) < 1_000
+    taken += [data for _, data in reader.take(1 << 20)]
+    assert b"".join(taken) == capture.stdout() == b"0123456789" * 1_000
 
 
 def test_a_result_outlives_its_store() -> None:
@@ -133,13 +154,31 @@ def test_a_result_outlives_its_store() -> None:
 
 
 def test_loose_output_is_gone_when_it_was_taken() -> None:
-    loose = Loose()
+    budget = MemoryBudget(1 << 30)
+    loose = Loose(BufferStore(budget, gather=False))
     loose.append(STDOUT, b"abc")
     loose.append(STDERR, b"def")
     assert loose.take(2) == [(STDOUT, b"abc")]
     assert loose.unread()
     assert loose.take(100) == [(STDERR, b"def")]
     assert not loose.unread()
+    assert budget.held == 0
+
+
+@given(st.lists(st.one_of(st.integers(1, 60), st.tuples(st.sampled_from((STDOUT, STDERR)), st.binary(min_size=1)))))
+def test_loose_output_comes_whole_and_in_order(steps: list[int | tuple[int, bytes]]) -> None:
+    loose = Loose(BufferStore(MemoryBudget(1 << 30), gather=False))
+    put: list[tuple[int, bytes]] = []
+    taken: list[tuple[int, bytes]] = []
+    for step in steps:
+        if isinstance(step, int):
+            taken += loose.take(step)
+        else:
+            loose.append(*step)
+            put.append(step)
+    taken += loose.take(1 << 30)
+    assert [(s, byte) for s, data in taken for byte in data] == [(s, byte) for s, data in put for byte in data]
+    assert loose.total == sum(len(data) for _, data in put)
 
 
 def test_output_reads_as_text_and_is_bytes() -> None:

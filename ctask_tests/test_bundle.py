@@ -55,7 +55,8 @@ def test_the_bundle_installs_without_a_network_and_works(bundle: Path, tmp_path:
 
     program = (
         "import ctask, importlib.metadata as m, importlib.resources as r, paramiko, tenacity;"
-        "print(m.version('ctask') == ctask.__version__, r.files('ctask').joinpath('py.typed').is_file(),"
+        "files = ('py.typed', 'transports/ssh/end.sh');"
+        "print(m.version('ctask') == ctask.__version__, all(r.files('ctask').joinpath(f).is_file() for f in files),"
         " ctask.__file__)"
     )
     version_is_one, typed, file = output(venv / "bin" / "python", "-I", "-c", program).split()

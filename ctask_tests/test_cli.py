@@ -68,6 +68,7 @@ def test_options_reach_the_call() -> None:
     request = asked("-w", "n1", "-t", "2.5", "-u", "0", "-l", "root", "-i", "a", "-i", "b", "--stdin", "cat")
     assert request.options == {"connect_timeout": 2.5, "timeout": 0.0, "user": "root", "identity": ["a", "b"]}
     assert request.stdin
+    assert asked("-w", "n1", "--stop", "term", "--stop-grace=0", "x").options == {"stop": "term", "stop_grace": 0.0}
 
 
 def test_a_hostfile_is_words_and_comments(tmp_path: Path) -> None:
@@ -115,6 +116,8 @@ WRONG: list[tuple[list[str], type[UsageError], str]] = [
     (["-w", "n1", "-t", "nan", "true"], OptionError, "-t takes seconds"),
     (["-w", "n1", "-u", "-3", "true"], OptionError, "-u takes seconds"),
     (["-w", "n1", "-u", "5m", "true"], OptionError, "-u takes seconds"),
+    (["-w", "n1", "--stop", "nuke", "true"], OptionError, "stop is one of leave, term, kill, not 'nuke'"),
+    (["-w", "n1", "--stop-grace", "inf", "true"], OptionError, "stop_grace is a number of seconds"),
     (["-w", "n1", "-l", "-x", "true"], OptionError, "user"),
     (["-w", "n1", "-l", "a b", "true"], OptionError, "user"),
     (["-w", "n1", "--stdin", "-n", "true"], OptionError, "contradict"),
@@ -283,7 +286,7 @@ def test_exit_status_3_after_a_timeout(cli: Cli) -> None:
     code, out, err = cli("-u", "0.5", "-w", TWO, "echo there; exec sleep 3")
     assert code == 3
     assert out.count(b": there\n") == 2
-    assert f"  timeout after 0.5 s  {TWO}  unknown whether it still runs" in err
+    assert f"  timeout after 0.5 s  {TWO}  ended: 1 process, seen to be gone" in err
     assert "safe to repeat" not in err
 
 
@@ -386,7 +389,6 @@ def lines_until(stream: Any, count: int) -> list[bytes]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: int) -> None:
-    # The nodes' cat ends with its connection.
     with cli.start("--stdin", "-w", TWO, "echo up; cat", stdin=subprocess.PIPE) as process:
         assert sorted(lines_until(process.stdout, 2)) == [b"127.0.1.1: up\n", b"127.0.1.2: up\n"]
         began = time.monotonic()
@@ -400,7 +402,7 @@ def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: in
     lines = err.splitlines()
     assert lines[0] == f"ctask: interrupted, without {TWO} (2 of 2)"
     assert lines[1].endswith(": none exit 0 · 2 in trouble")
-    assert lines[2].startswith(f"  interrupted  {TWO}  unknown whether it still runs")
+    assert lines[2].startswith(f"  interrupted  {TWO}  ended: 2 processes, seen to be gone")
     assert lines[3:] == [f"ctask: exit {status}"]
 
 
@@ -444,3 +446,31 @@ def test_on_a_terminal_a_line_tells_who_is_waited_for(cli: Cli) -> None:
     text = shown.decode()
     assert re.search(rf"ctask: 0/2  waiting \d+ s for {re.escape(TWO)}  \(", text)
     assert text.rpartition("\r\x1b[K")[2].startswith("ctask: 2 nodes in ")
+
+
+def test_on_a_terminal_the_first_ctrl_c_tells_and_the_second_ends(cli: Cli) -> None:
+    leader, follower = pty.openpty()
+    shown = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + 10
+        while text not in shown:
+            assert time.monotonic() < deadline, shown
+            if select.select([leader], [], [], 0.1)[0]:
+                shown += os.read(leader, 4096)
+
+    try:
+        with cli.start("-w", TWO, "echo up; exec sleep 60", stderr=follower) as process:
+            os.close(follower)
+            assert len(lines_until(process.stdout, 2)) == 2
+            process.send_signal(signal.SIGINT)
+            read_until(f"ctask: waiting for {TWO} (2 of 2); Ctrl-C again within 2 s ends them".encode())
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 130
+            read_until(b"ctask: exit 130")
+    finally:
+        os.close(leader)
+    assert f"ctask: interrupted, without {TWO} (2 of 2)".encode() in shown
+    assert f"interrupted  {TWO}  ended: 1 process, seen to be gone".encode() in shown

@@ -260,7 +260,7 @@ def test_eof_of_a_command_that_closes_its_output_and_runs_on(told: tuple[Client,
 def test_signal_requests_reach_the_group_and_only_known_ones(told: tuple[Client, list[Any]]) -> None:
     client, words = told
     channel = client.channel()
-    channel.exec_command("trap 'echo asked; exit 9' TERM; echo ready; sleep 1000 & wait")
+    channel.exec_command("trap 'echo asked; exit 9' TERM; sleep 1000 & echo ready; wait")
     assert line_of(channel) == "ready"
     request(channel, "TERM")
     assert line_of(channel) == "asked"

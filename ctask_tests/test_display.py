@@ -24,7 +24,7 @@ from ctask.errors import (
     NodeError,
 )
 from ctask.nodes import NodeSet
-from ctask.result import Attempt, Group, NodeResult, Timings
+from ctask.result import Attempt, Ending, Group, NodeResult, RemoteProcess, Timings
 from ctask.states import Outcome
 from ctask.worker import Worker
 
@@ -135,7 +135,7 @@ def ended(
     output: bytes = b"",
     error: NodeError | None = None,
     ran: bool | None = True,
-    state: str | None = None,
+    ending: Ending | None = None,
     signal: str | None = None,
     seconds: float = 0.0,
 ) -> NodeResult:
@@ -154,8 +154,12 @@ def ended(
         ok=outcome is Outcome.EXITED and rc == 0,
         attempts=(Attempt(phase, error, Timings({"running": seconds})),),
         capture=capture,
-        remote_state=state,
+        ending=ending,
     )
+
+
+#: A process that waits for a file server.
+STUCK = RemoteProcess(4711, "rpm", "D", "ll_file_open")
 
 
 def exited(node: str, rc: int, output: bytes = b"") -> NodeResult:
@@ -171,9 +175,10 @@ def silent(node: str) -> NodeResult:
     return unreached(node, error)
 
 
-def timed_out(node: str, state: str | None, *, ran: bool | None = True) -> NodeResult:
+def timed_out(node: str, state: Ending | str | None, *, ran: bool | None = True) -> NodeResult:
+    ending = Ending(state) if isinstance(state, str) else state
     error = CommandTimeout("timeout after 30 s", phase="running")
-    return ended(node, Outcome.TIMEOUT, error=error, ran=ran, state=state)
+    return ended(node, Outcome.TIMEOUT, error=error, ran=ran, ending=ending)
 
 
 def rack() -> Fake:
@@ -257,6 +262,17 @@ DETAILS: list[tuple[NodeResult, str]] = [
     (timed_out("n1", "alive"), "told to end, and still there"),
     (timed_out("n1", "left"), "left running"),
     (timed_out("n1", None), "ran"),
+    (timed_out("n1", Ending("gone", 2)), "ended: 2 processes, seen to be gone"),
+    (timed_out("n1", Ending("gone", 0)), "ended: seen to be gone"),
+    (
+        timed_out("n1", Ending("alive", 2, (STUCK,))),
+        'ran; ended 1 process; still there: pid 4711 "rpm", D in ll_file_open',
+    ),
+    (timed_out("n1", Ending("alive", 1, (STUCK,))), 'ran; told to end; still there: pid 4711 "rpm", D in ll_file_open'),
+    (
+        timed_out("n1", Ending("alive", None, (STUCK, RemoteProcess(7))), ran=None),
+        'may have run; told to end; still there: pid 4711 "rpm", D in ll_file_open; pid 7',
+    ),
     (timed_out("n1", None, ran=False), "not run"),
     (timed_out("n1", "unknown", ran=None), "may have run; unknown whether it still runs"),
     (
@@ -270,6 +286,21 @@ DETAILS: list[tuple[NodeResult, str]] = [
 def test_a_row_says_whether_it_ran_and_what_became_of_it(result: NodeResult, detail: str) -> None:
     row = account(Fake([result])).splitlines()[1]
     assert row.endswith(f"  n1  {detail}")
+
+
+def test_nodes_that_hang_alike_stand_together_without_their_pids() -> None:
+    stuck = [Ending("alive", 2, (RemoteProcess(pid, "df", "D", "ll_statfs"),)) for pid in (11, 12)]
+    same = account(Fake([timed_out(f"n{i}", ending) for i, ending in enumerate(stuck)])).splitlines()
+    assert same[1:] == ['  timeout after 30 s  n[0-1]  ran; ended 1 process; still there: "df", D in ll_statfs']
+    counts = account(Fake([timed_out("n1", Ending("gone", 1)), timed_out("n2", Ending("gone", 3))])).splitlines()
+    assert counts[1:] == ["  timeout after 30 s  n[1-2]  ended: seen to be gone"]
+
+
+def test_e04_what_a_node_says_of_its_processes_cannot_act_on_the_terminal() -> None:
+    rude = RemoteProcess(7, "\x1b[2Jsh\n", "\x07", "a\nb")
+    text = account(Fake([timed_out("n1", Ending("alive", 1, (rude,)))]))
+    assert len(text.splitlines()) == 2
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 def test_times_of_one_row_are_a_span() -> None:

@@ -32,6 +32,7 @@ SICK = {
 
 PROGRAM = r"""
 import gc, json
+from ctask.transports.ssh import wire
 OPTIONS, ROUNDS, LOOKS = GIVEN["options"], GIVEN["rounds"], GIVEN["looks"]
 ALL = NodeSet("n[1-128]")
 for number, node in enumerate(ALL, 1):
@@ -61,7 +62,7 @@ def status(name):
 
 def look():
     task.disconnect()
-    wait_until(lambda: not any("/127.0." in thread.name or "ssh" in thread.name for thread in threading.enumerate()))
+    wait_until(lambda: all(one._closed for one in list(wire._wires)))
     gc.collect()
     names = [thread.name for thread in threading.enumerate()]
     pool = [name for name in names if "/job" in name]

@@ -220,8 +220,8 @@ def test_b07_before_the_command(
     assert (type(sick.error), sick.phase) == (ConnectionLost, phase)
     assert (sick.outcome, sick.rc, sick.ran) == (outcome, 255, ran)
     assert "connection reset by the node" in sick.why if do == "rst" else "connection closed by the node" in sick.why
-    # A connection that fails before exec was sent is replaced, once; a login is not tried again.
-    assert proxy.connections == (2 if phase == "open" else 1)
+    # Only a kept connection is replaced; one that was made for the command and fails is told as it is.
+    assert proxy.connections == 1
     assert len(server.seen.commands) == (1 if phase == "exec" else 0)
 
 
@@ -260,6 +260,8 @@ def test_b07_after_the_exit_status_the_loss_is_ignored(
     assert (sick.outcome, sick.rc, sick.ran, sick.error) == (Outcome.EXITED, status, True, None)
     assert sick.stdout == b"all\n"
     assert not sick.lingering
+    assert sick.truncated  # the node never said that this was all
+    assert sick.why == f"exit {status}; connection lost before its last output"
 
 
 def test_b07_a_command_on_a_kept_connection_is_not_sent_again(sshd: Sshd, hostile: HostileFactory) -> None:

@@ -311,8 +311,7 @@ def test_e08_a_thousand_nodes_with_the_same_output_are_one_copy_and_one_group(ta
     with FakeTransport(script):
         worker = task.submit("report", nodes="n[0000-0999,1000-1002]", expect=1003)
         assert worker.wait(20)
-        assert worker.store is not None
-        assert len(body) <= worker.store.held < 2 * len(body), "bytes that are kept, for all nodes"
+        assert len(body) <= worker.store.budget.held < 2 * len(body), "bytes that are kept, for all nodes"
         found = [(str(group.nodes), bytes(group.output)) for group in worker.groups()]
     assert found == [
         ("n[0000-0006,0008-0499,0501-0998,1000-1002]", body[:-1]),

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -17,6 +18,8 @@ import pytest
 
 from ctask_tests.fix_leaks import wait_until
 from ctask_tests.fix_proxy import (
+    GENTLE,
+    TOXICS,
     After,
     AtBytes,
     Delay,
@@ -26,6 +29,7 @@ from ctask_tests.fix_proxy import (
     Fin,
     HalfClose,
     Inject,
+    Mixture,
     OnEvent,
     OnMatch,
     OnMessage,
@@ -34,7 +38,9 @@ from ctask_tests.fix_proxy import (
     Rule,
     Slice,
     Stall,
+    Throttle,
     Xor,
+    addresses,
     closed_port,
     deaf,
     silent,
@@ -219,6 +225,79 @@ def test_proxy_drips_slices_and_delays(fault_proxy: ProxyFactory, upstream: Upst
     client.sendall(b"abc")
     assert read_exactly(server, 3) == b"abc"
     assert time.monotonic() - start >= 0.1
+
+
+def test_proxy_throttles_and_jitter_keeps_the_order(fault_proxy: ProxyFactory, upstream: Upstream) -> None:
+    blob = os.urandom(20_000)
+    client, server = upstream.join(fault_proxy(upstream.endpoint, Rule("down", AtBytes(0), Throttle(100_000))))
+    start = time.monotonic()
+    server.sendall(blob)
+    assert read_exactly(client, len(blob)) == blob
+    assert time.monotonic() - start >= 0.15
+    jitter = Delay(0.01, jitter=0.05)
+    client, server = upstream.join(fault_proxy(upstream.endpoint, Rule("down", AtBytes(0), jitter)))
+    start = time.monotonic()
+    for at in range(0, len(blob), 1_000):
+        server.sendall(blob[at : at + 1_000])
+    assert read_exactly(client, len(blob)) == blob
+    assert time.monotonic() - start >= 0.01
+
+
+def test_one_proxy_stands_before_many_nodes(fault_proxy: ProxyFactory, sshd: Sshd) -> None:
+    def behind(front: str) -> tuple[str, int]:
+        return sshd.address(int(front.rpartition(".")[2])), sshd.port
+
+    fronts = addresses(120)
+    proxy = fault_proxy(behind, addresses=fronts)
+    for front in (fronts[0], fronts[119], fronts[0]):
+        with socket.create_connection((front, proxy.port), timeout=5) as client:
+            assert client.recv(4) == b"SSH-"
+    assert [(passage.address, passage.number) for passage in proxy.passages] == [
+        ("127.0.2.1", 0),
+        ("127.0.2.120", 0),
+        ("127.0.2.1", 1),
+    ]
+    assert {(passage.fate.name, passage.struck) for passage in proxy.passages} == {("none", False)}
+
+
+def test_a_fate_hangs_on_the_seed_and_the_connection_alone() -> None:
+    def draw(seed: int) -> list[str]:
+        mixture = Mixture(seed, {"none": 50, **dict.fromkeys(TOXICS.keys() - {"none"}, 10)})
+        return [mixture.fate(front, number).name for front in addresses(120) for number in (0, 1)]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert set(draw(1)) == set(TOXICS)
+    assert 60 <= Counter(draw(1))["none"] <= 140  # 50 in 120 of 240
+    mixture = Mixture(3, {"rst": 1}, span=100)
+    assert mixture.fate("127.0.2.9", 1) == mixture.fate("127.0.2.9", 1) != mixture.fate("127.0.2.9", 2)
+    assert set(TOXICS) > GENTLE
+
+
+@pytest.mark.parametrize("toxic", sorted(TOXICS))
+def test_each_toxic_does_what_it_is_called(fault_proxy: ProxyFactory, upstream: Upstream, toxic: str) -> None:
+    mixture = Mixture(5, {toxic: 1}, span=1_000, seconds=0.0)
+    proxy = fault_proxy(upstream.endpoint, mixture=mixture)
+    client, server = upstream.join(proxy)
+    blob = os.urandom(20_000)
+    peers = {"up": (client, server), "down": (server, client)}
+    for way in ("up", "down"):
+        sender, receiver = peers[way]
+        received = b""
+        with suppress(OSError):
+            sender.sendall(blob)
+        receiver.settimeout(0.3)
+        with suppress(ConnectionError, TimeoutError):
+            while len(received) < len(blob) and (chunk := receiver.recv(65_536)):
+                received += chunk
+        if toxic in GENTLE:
+            assert received == blob
+        elif toxic == "corrupt" and proxy.passages[0].fate.rules[0].direction == way:
+            assert sum(a != b for a, b in zip(received, blob, strict=True)) == 1
+        elif toxic != "corrupt" and proxy.passages[0].fate.rules[0].direction == way:
+            assert blob.startswith(received)
+            assert received != blob
+    assert proxy.passages[0].fate.name == toxic
+    assert proxy.passages[0].struck is (toxic != "none")
 
 
 def test_proxy_acts_on_the_tests_event_and_cut(fault_proxy: ProxyFactory, upstream: Upstream) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,11 +231,12 @@ def test_a_dead_kept_connection_is_replaced_once_before_exec(task: Task) -> None
         assert worker.jobs[0]._replaced
 
 
-def test_the_ceiling_ends_one_job_and_no_other(task: Task) -> None:
+def test_a_full_disk_ends_one_job_and_no_other(task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     task.set_info("output_memory", 1000)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
 
     def play(node: str, command: Command) -> Iterable[Step]:
-        size = 2000 if node == "big" else 10
+        size = 100_000 if node == "big" else 10
         return [RUNS, Step("out", node.encode() * size), EXITS, Step("end")]
 
     try:
@@ -246,8 +248,10 @@ def test_the_ceiling_ends_one_job_and_no_other(task: Task) -> None:
     assert isinstance(results["big"].error, LocalResource)
     assert results["big"].outcome is Outcome.ABORTED
     assert "output_memory" in results["big"].why
-    # Jobs that come after it find the ceiling reached as long as the worker's output is kept.
+    assert "TMPDIR" in str(results["big"].error)
+    assert results["big"].stdout == b"big" * 100_000
     assert results["a"].ok
+    assert results["c"].ok
 
 
 def test_an_error_of_our_own_ends_the_job_and_says_so(task: Task, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

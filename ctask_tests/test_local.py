@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -114,14 +115,14 @@ def clean() -> Iterator[None]:
     finally:
         # One test's leftovers are not to be another's.
         left = tuple(session_module.sessions)
-        transport().take(Target()).end(left, Stop(grace=0.1), within=2.0)
+        LocalConnection().end(left, Stop(grace=0.1), within=2.0)
         session_module.sessions.difference_update(left)
         close_watcher()
 
 
 @pytest.fixture
 def here() -> LocalConnection:
-    return transport().take(Target(transport="local"))
+    return LocalConnection()
 
 
 def begin(here: LocalConnection, line: str, sink: Recorder | None = None, **options: Any) -> tuple[Any, Recorder]:
@@ -129,6 +130,10 @@ def begin(here: LocalConnection, line: str, sink: Recorder | None = None, **opti
     session = here.prepare(Command(line=line.encode(), **options), sink)
     session.start()
     return session, sink
+
+
+def states(endings: dict[Session, Ending]) -> list[str]:
+    return [ending.state for ending in endings.values()]
 
 
 def run(here: LocalConnection, line: str, **options: Any) -> Recorder:
@@ -172,7 +177,7 @@ def pids_in(sink: Recorder, count: int) -> list[int]:
 
 
 class TestTransport:
-    def test_it_has_always_room_and_dials_nothing(self) -> None:
+    def test_it_is_always_there_and_dials_nothing(self) -> None:
         local: Transport = LocalTransport()
         target = Target(transport="local", address="n1")
         local.check(target)
@@ -180,13 +185,31 @@ class TestTransport:
         assert connection is not None
         assert connection is local.take(Target(transport="local"))
         assert connection.target.transport == "local"
-        assert (local.dials, local.reserve(), local.shunned(target, 0.0)) == (False, True, False)
+        assert (local.dials, local.reserve(), local.shunned(target, 0.0)) == (False, False, False)
         local.keep(connection)
         local.give_back(connection)
         connection.retire()
         assert local.take(target) is connection
         with pytest.raises(RuntimeError):
             local.connect(target, None, lambda _: None)  # type: ignore[arg-type]
+
+    def test_i01_it_has_room_for_as_many_as_there_are_descriptors_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (26 + 4 * 3 + 1, hard))
+        local: Transport = LocalTransport()
+        target = Target(transport="local")
+        told: list[str] = []
+        local.when_room(lambda: told.append("now"))
+        taken = [local.take(target) for _ in range(3)]
+        assert None not in taken
+        assert local.take(target) is None
+        local.when_room(lambda: told.append("later"))
+        assert told == ["now"]
+        assert taken[0] is not None
+        local.give_back(taken[0])
+        assert told == ["now", "later"]
+        assert local.take(target) is not None
+        assert local.take(target) is None
 
     def test_there_is_one_in_a_process(self) -> None:
         assert transport() is transport()
@@ -309,7 +332,7 @@ class TestExit:
         assert run(here, "exec >&- 2>&-; sleep 0.1; exit 5").result == (5, None)
         session, sink = begin(here, "trap '' TERM; echo $$; while :; do sleep 1; done")
         (pid,) = pids_in(sink, 1)
-        assert here.end([session], Stop(grace=0.1), within=5.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=0.1), within=5.0)) == ["gone"]
         assert not alive(pid)
         sink.wait()
 
@@ -329,7 +352,7 @@ class TestExit:
         assert isinstance(sink.error, ConnectionLost)
         assert (sink.out, sink.result, len(taken)) == (b"last words\n", None, 1)
         monkeypatch.undo()
-        assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}  # the child that it left
+        assert states(here.end([session], Stop(grace=5.0), within=5.0)) == ["gone"]  # the child that it left
 
 
 class TestStart:
@@ -381,7 +404,7 @@ class TestStart:
         assert not kept.drop()
         sink.wait()
         assert (sink.said, sink.error, mark.exists()) == (["ended"], None, False)
-        assert here.end([session], Stop(grace=1.0), within=1.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=1.0), within=1.0)) == ["gone"]
 
     def test_one_that_is_dropped_unstarted_says_nothing(self, here: LocalConnection) -> None:
         sink = Recorder()
@@ -538,7 +561,7 @@ class TestEnding:
     def test_a_command_is_ended_by_term(self, here: LocalConnection) -> None:
         session, sink = begin(here, "trap 'echo bye; exit 9' TERM; echo $$; while :; do sleep 0.02; done")
         pids_in(sink, 1)
-        assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=5.0), within=5.0)) == ["gone"]
         assert sink.over  # told before `end` returned, with what it said last
         assert sink.wait().out.endswith(b"bye\n")
         assert sink.result == (9, None)
@@ -547,7 +570,7 @@ class TestEnding:
         session, sink = begin(here, "trap '' TERM; (while :; do sleep 1; done) & echo $$ $!; wait; wait")
         pids = pids_in(sink, 2)
         begun = time.monotonic()
-        assert here.end([session], Stop(grace=0.3), within=5.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=0.3), within=5.0)) == ["gone"]
         assert time.monotonic() - begun >= 0.3
         assert [alive(pid) for pid in pids] == [False, False]
         assert sink.wait().result == (None, "KILL")
@@ -556,7 +579,7 @@ class TestEnding:
         # `timeout` makes a group of its own: a TERM to the leader's group leaves it and its child alive.
         session, sink = begin(here, "timeout 60 sh -c 'echo $PPID $$; exec sleep 60' & wait")
         pids = pids_in(sink, 2)
-        assert here.end([session], Stop(grace=10.0), within=5.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=10.0), within=5.0)) == ["gone"]
         assert [alive(pid) for pid in pids] == [False, False]
         sink.wait()
 
@@ -565,7 +588,7 @@ class TestEnding:
         (stubborn,) = pids_in(sink, 1)
         wait_until(lambda: sink.result is not None)
         assert transport().living() == 0
-        assert here.end([session], Stop(grace=0.2), within=5.0) == {session: Ending("gone")}
+        assert states(here.end([session], Stop(grace=0.2), within=5.0)) == ["gone"]
         assert not alive(stubborn)
         sink.wait()
 
@@ -574,8 +597,8 @@ class TestEnding:
         stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
         process = processes_module.Process(stranger.pid)
         process.ended = 1.0  # long before the stranger began
-        results = processes_module.end_sessions([process], 0.05, 2.0, watcher().at)
-        assert results == {process: "gone"}
+        results = processes_module.end_sessions([process], Stop(grace=0.05), 2.0, watcher().at)
+        assert results == {process: Ending("gone", 0)}
         assert stranger.poll() is None
         stranger.kill()
         stranger.wait()
@@ -586,7 +609,7 @@ class TestEnding:
         wait_until(lambda: sink.result is not None)
         process = session.started(0.0)
         process.ended = 1.0  # as if the session's number had been given away since
-        assert here.end([session], Stop(grace=0.05), within=2.0) == {session: Ending("unknown")}
+        assert states(here.end([session], Stop(grace=0.05), within=2.0)) == ["unknown"]
         assert alive(child)
         sink.wait()
         os.kill(child, signal.SIGKILL)
@@ -595,7 +618,7 @@ class TestEnding:
         session, sink = begin(here, "trap '' TERM; echo $$; while :; do sleep 1; done")
         (pid,) = pids_in(sink, 1)
         begun = time.monotonic()
-        assert here.end([session], Stop(grace=0.6), within=0.1) == {session: Ending("alive")}
+        assert states(here.end([session], Stop(grace=0.6), within=0.1)) == ["alive"]
         assert time.monotonic() - begun < 0.6
         assert alive(pid)
         wait_until(lambda: not alive(pid))
@@ -605,9 +628,8 @@ class TestEnding:
     def test_many_are_ended_together(self, here: LocalConnection) -> None:
         begun = [begin(here, "echo $$; exec sleep 60") for _ in range(20)]
         pids = [pids_in(sink, 1)[0] for _, sink in begun]
-        states = here.end([session for session, _ in begun], Stop(grace=5.0), within=5.0)
-        assert set(states.values()) == {Ending("gone")}
-        assert len(states) == 20
+        endings = here.end([session for session, _ in begun], Stop(grace=5.0), within=5.0)
+        assert states(endings) == ["gone"] * 20
         assert not any(alive(pid) for pid in pids)
         for _, sink in begun:
             sink.wait()
@@ -615,12 +637,12 @@ class TestEnding:
     def test_one_that_has_just_been_asked_for_is_ended_or_never_runs(self, here: LocalConnection) -> None:
         for _ in range(20):
             session, sink = begin(here, "sleep 60")
-            assert here.end([session], Stop(grace=5.0), within=5.0) == {session: Ending("gone")}
+            assert states(here.end([session], Stop(grace=5.0), within=5.0)) == ["gone"]
             sink.wait()
 
     def test_a_stranger_to_this_transport_is_not_known(self, here: LocalConnection) -> None:
         foreign: Any = object()
-        assert here.end([foreign], Stop(grace=1.0), within=1.0) == {foreign: Ending("unknown")}
+        assert states(here.end([foreign], Stop(grace=1.0), within=1.0)) == ["unknown"]
 
     def test_at_the_exit_all_are_ended(self, here: LocalConnection) -> None:
         soft, soft_sink = begin(here, "echo $$; exec sleep 60")

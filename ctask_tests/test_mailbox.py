@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ctask import mailbox
 from ctask.buffers import STDERR, STDOUT, BufferStore, Capture, Loose, MemoryBudget, Output
+from ctask.gate import AFLOAT, SHARE, Gate
 from ctask.handler import Handlers
-from ctask.mailbox import AFLOAT, LONGEST_LINE, Delivery, Gate, LineCutter, Mailbox
+from ctask.mailbox import LONGEST_LINE, Delivery, LineCutter, Mailbox
 
 
 class Worker:
@@ -54,6 +55,14 @@ def feed(box: Mailbox, delivery: Delivery, capture: Capture | Loose, data: bytes
         delivery.reader = capture.reader()
     capture.append(stream, data)
     box.readable(delivery, len(data))
+
+
+def much() -> int:
+    return 1 << 30
+
+
+def loose() -> Loose:
+    return Loose(BufferStore(MemoryBudget(1 << 30), gather=False))
 
 
 def capture() -> Capture:
@@ -141,7 +150,7 @@ def test_what_is_muted_is_not_delivered_but_done_is() -> None:
     post.pump(lambda: "done" in seen)
     assert seen == ["done"]
     gate.begin()
-    assert gate.ask(Session()), "what is never read does not hold back others"
+    assert gate.ask(Session(), much), "what is never read does not hold back others"
 
 
 def test_h01_a_callback_that_raises_is_called_again_and_its_error_is_kept(caplog: pytest.LogCaptureFixture) -> None:
@@ -150,7 +159,7 @@ def test_h01_a_callback_that_raises_is_called_again_and_its_error_is_kept(caplog
 
     post, _ = box()
     worker = Worker(read=fail, done=lambda *_: None)
-    what, delivery = Loose(), Delivery(worker, "n1", apart=False)
+    what, delivery = loose(), Delivery(worker, "n1", apart=False)
     with caplog.at_level(logging.ERROR):
         feed(post, delivery, what, b"a\nb\nc\n")
         post.pump(lambda: len(post.errors) == 3)
@@ -168,7 +177,7 @@ def test_an_interrupt_out_of_a_handler_loses_no_line() -> None:
 
     post, _ = box()
     delivery = Delivery(Worker(read=read), "n1", apart=False)
-    feed(post, delivery, Loose(), b"".join(b"%d\n" % n for n in range(10)))
+    feed(post, delivery, loose(), b"".join(b"%d\n" % n for n in range(10)))
     with pytest.raises(KeyboardInterrupt):
         post.pump(lambda: len(seen) == 10)
     post.pump(lambda: len(seen) == 10)
@@ -184,7 +193,7 @@ def test_a_pump_with_slow_handlers_looks_at_its_deadline() -> None:
 
     post, _ = box()
     delivery = Delivery(Worker(read=slow), "n1", apart=False)
-    feed(post, delivery, Loose(), b"x\n" * 5000)
+    feed(post, delivery, loose(), b"x\n" * 5000)
     began = time.monotonic()
     assert not post.pump(lambda: False, began + 0.2)
     assert 0.2 <= time.monotonic() - began < 1.2
@@ -212,17 +221,34 @@ def test_a_handler_that_waits_does_not_run_others() -> None:
         seen.append(f"out {msg}")
 
     delivery = Delivery(Worker(read=read), "n1", apart=False)
-    feed(post, delivery, Loose(), b"1\n2\n")
+    feed(post, delivery, loose(), b"1\n2\n")
     post.pump(lambda: len(seen) == 4)
     assert seen == ["in 1", "out 1", "in 2", "out 2"]
+
+
+def test_lines_of_one_node_give_way_to_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox, "TURN", 0.0)
+    seen: list[str] = []
+    post, _ = box()
+    worker = Worker(read=lambda w, n, s, msg: seen.append(f"{n}{msg}"), done=lambda w, n, r: seen.append(f"{n} ends"))
+    long, short, ended = (Delivery(worker, node, apart=False) for node in "abc")
+    feed(post, long, capture(), b"1\n2\n3\n")
+    feed(post, short, capture(), b"1\n")
+    feed(post, ended, capture(), b"1\n2\n3")
+    post.ended(ended, 0, None)  # type: ignore[arg-type]
+    post.ended(long, 0, None)  # type: ignore[arg-type]
+    assert post.pump(lambda: "a ends" in seen)
+    assert seen[:3] == ["a1", "b1", "c1"]
+    for node, lines in (("a", 3), ("c", 3)):
+        assert [said for said in seen if said[0] == node] == [*(f"{node}{n + 1}" for n in range(lines)), f"{node} ends"]
 
 
 def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
     gate, session = Gate(100, give_all), Session()
     gate.more(200)
-    assert gate.ask(session), "the owner computes: credit is given"
+    assert gate.ask(session, much), "the owner computes: credit is given"
     gate.begin()
-    assert not gate.ask(session)
+    assert not gate.ask(session, much)
     assert gate.withholds(session)
     gate.less(100)
     assert session.given == 0
@@ -230,15 +256,32 @@ def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
     assert session.given == 1, "below half of the limit it flows again"
     assert not gate.withholds(session)
     gate.more(200)
-    assert not gate.ask(session)
+    assert not gate.ask(session, much)
     gate.end()
     assert session.given == 2, "nobody delivers any more"
+
+
+def test_a_node_of_which_little_waits_is_not_held_back_by_the_flood_of_another() -> None:
+    gate, quiet, busy = Gate(100, give_all), Session(), Session()
+    waits = SHARE
+    gate.more(200 + SHARE)
+    gate.begin()
+    assert gate.ask(Session(), lambda: SHARE - 1)
+    assert not gate.ask(busy, much)
+    assert not gate.ask(quiet, lambda: waits)
+    gate.less(1)
+    assert (quiet.given, busy.given) == (0, 0)
+    waits = 0
+    gate.less(1)
+    assert (quiet.given, busy.given) == (1, 0), "its own lines have been read"
+    gate.less(200 + SHARE)
+    assert (quiet.given, busy.given) == (1, 1)
 
 
 def test_credit_is_withheld_while_too_much_is_on_its_way_to_the_store() -> None:
     gate, session = Gate(100, give_all), Session()
     gate.posted(AFLOAT + 1)
-    assert not gate.ask(session)
+    assert not gate.ask(session, much)
     gate.landed(AFLOAT // 4)
     assert session.given == 0
     gate.landed(AFLOAT // 2)
@@ -264,7 +307,7 @@ def test_a_flood_into_a_slow_handler_is_read_to_the_last_byte(monkeypatch: pytes
         for _ in range(200):
             assert credit.acquire(timeout=10)
             feed(post, delivery, what, line * 50)
-            if gate.ask(node):
+            if gate.ask(node, much):
                 credit.release()
         what.seal()
         post.ended(delivery, 0, None)  # type: ignore[arg-type]

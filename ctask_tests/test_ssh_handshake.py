@@ -29,8 +29,8 @@ from ctask.errors import (
     UnknownHostKey,
 )
 from ctask.transports.ssh import SshTransport
+from ctask.transports.ssh import pool as pool_module
 from ctask.transports.ssh.hostkeys import KnownHosts
-from ctask.transports.ssh.transport import Link
 from ctask_tests.fix_banner import endless_line, http_answer, many_lines, nul_in_banner, old_version
 from ctask_tests.fix_hostile import Script
 from ctask_tests.fix_leaks import wait_until
@@ -329,10 +329,10 @@ def test_p24_a_connection_lost_in_the_login_says_nothing_of_the_key(hostile: Hos
 
 
 def test_no_more_threads_is_a_lack_of_this_machine(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(link: Link) -> None:
+    def reader() -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(Link, "start", start)
+    monkeypatch.setattr(pool_module, "Reader", reader)
     error = refusal(target_for(sshd.options(), sshd.address(1)))
     assert type(error) is LocalResource
     assert "threads" in str(error)

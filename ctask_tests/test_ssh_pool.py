@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ctask.errors import HandshakeError
 from ctask.options import Command, Target
 from ctask.transports import base
 from ctask.transports.ssh import SshTransport, wire
@@ -26,6 +27,7 @@ from ctask_tests.fix_leaks import wait_until
 from ctask_tests.ssh_sink import RecordingSink, open_connection, run, started, target_for
 
 if TYPE_CHECKING:
+    from ctask_tests.fix_banner import BannerServerFactory
     from ctask_tests.fix_sshd import Sshd
 
 
@@ -212,31 +214,26 @@ def test_a_target_that_was_reached_is_not_shunned(sshd: Sshd, ways: SshTransport
     assert not ways.shunned(target, 1.0)
 
 
-def test_close_all_ends_a_handshake_too(sshd: Sshd, ways: SshTransport) -> None:
-    target = target_for(sshd.options(), sshd.address(1))
+def test_close_all_ends_a_handshake_too(banner_server: BannerServerFactory, ways: SshTransport) -> None:
+    game: list[bytes | float] = [b"SSH-2.0-mute\r\n", 60.0]
+    address, port = banner_server(lambda: game).endpoint
+    target = Target(address=address, port=port, user="nobody")
     entered = threading.Event()
     errors: list[BaseException] = []
 
-    def phase(name: str) -> None:
-        if name == "auth":
-            entered.set()
-            while not closing.is_set():
-                closing.wait(5)
-
     def connect() -> None:
         try:
-            ways.connect(target, socket.create_connection((target.address, target.port)), phase)
+            ways.connect(target, socket.create_connection((address, port)), lambda name: entered.set())
         except Exception as error:  # noqa: BLE001
             errors.append(error)
 
-    closing = threading.Event()
     thread = threading.Thread(target=connect)
     thread.start()
     assert entered.wait(5)
+    wait_until(lambda: bool(ways.pool._links))
     assert ways.close_all(5.0)
-    closing.set()
     thread.join(5)
-    assert len(errors) == 1
+    assert [type(error) for error in errors] == [HandshakeError]
 
 
 def test_p16_a_forked_child_leaves_the_parents_connections_alone(sshd: Sshd) -> None:
@@ -250,7 +247,6 @@ def test_p16_a_forked_child_leaves_the_parents_connections_alone(sshd: Sshd) -> 
         # The child has none of it, and its end says nothing on the parent's sockets.
         clean = ways.take(target) is None and ways.statistics().open == 0 and not list(wire._wires)
         connection.close()
-        connection.link.stop_thread()
         os._exit(0 if clean else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert sink.wait().stdout == b"whole\n"
@@ -260,14 +256,11 @@ def test_p16_a_forked_child_leaves_the_parents_connections_alone(sshd: Sshd) -> 
 
 def test_nobody_polls_while_connections_rest(sshd: Sshd, ways: SshTransport) -> None:
     connections = [open_connection(ways, target_for(sshd.options(), sshd.address(n))) for n in range(1, 9)]
+    (reader,) = (thread for thread in threading.enumerate() if thread.name == "ctask/reader")
 
     def wakes() -> int:
-        total = 0
-        for connection in connections:
-            with open(f"/proc/self/task/{connection.link.native_id}/status") as file:
-                lines = [line for line in file if "ctxt_switches" in line]
-            total += sum(int(line.split()[1]) for line in lines)
-        return total
+        with open(f"/proc/self/task/{reader.native_id}/status") as file:
+            return sum(int(line.split()[1]) for line in file if "ctxt_switches" in line)
 
     # sshd announces its other host keys after the login; from then on there is silence.
     assert all(run(connection, b"true").status == 0 for connection in connections)
@@ -304,7 +297,15 @@ def read_all(sock: socket.socket, into: bytearray, size: int) -> None:
         into += sock.recv(65_536)
 
 
-def test_a_reader_sends_on_what_waits() -> None:
+def read(line: Wire, size: int) -> bytes:
+    """As the thread that connects reads: wait until so many bytes are ahead, and take them."""
+    while len(line.ahead) - line.at < size:
+        line.fill()
+    line.at += size
+    return line.ahead[line.at - size : line.at]
+
+
+def test_who_connects_sends_on_what_waits() -> None:
     here, there = socket.socketpair()
     line = Wire(here)
     data = bytes(900_000)
@@ -313,12 +314,34 @@ def test_a_reader_sends_on_what_waits() -> None:
 
     def peer() -> None:
         read_all(there, received, len(data))
-        there.sendall(b"answer")  # only now: the reader below must have sent before
+        there.sendall(b"answer")  # only now: who reads below must have sent before
 
     thread = threading.Thread(target=peer)
     thread.start()
-    assert line.read(6) == b"answer"
+    assert read(line, 6) == b"answer"
     thread.join(5)
+    line.close()
+    there.close()
+
+
+def test_a_wire_asks_for_room_while_something_waits() -> None:
+    here, there = socket.socketpair()
+    line = Wire(here)
+    asked: list[bool] = []
+    line.attend(asked.append)
+    data = bytes(900_000)
+    line.send(b"small")
+    assert asked == []
+    line.send(data)
+    line.send(b"more")
+    assert asked == [True]
+    received = bytearray()
+    reader = threading.Thread(target=lambda: read_all(there, received, len(data) + 9))
+    reader.start()
+    while asked != [True, False] and reader.is_alive():
+        line.push()
+    reader.join(5)
+    assert bytes(received) == b"small" + data + b"more"
     line.close()
     there.close()
 
@@ -330,7 +353,7 @@ def test_a_node_that_asks_and_never_reads_is_left() -> None:
     with pytest.raises(OSError, match="does not read"):
         any(line.send(small) == 0 for _ in range(2 * BACKLOG_LIMIT // len(small)))
     with pytest.raises((EOFError, OSError)):
-        line.read(1)
+        line.fill()
     line.close()
     there.close()
 
@@ -346,14 +369,17 @@ def test_a_wire_reads_ahead_and_hands_on_when_it_runs_dry() -> None:
 
     there.sendall(b"hello\r\nSSH-2.0-x\r\nabcdef")
     assert line.read_version() == b"SSH-2.0-x"
-    assert line.read(3) == b"abc"
+    assert read(line, 3) == b"abc"
     line.mark(Marked())
-    assert line.read(3) == b"def"
-    assert flushed == []
     there.sendall(b"ghi")
-    assert line.read(3) == b"ghi"
+    assert line.fill_now()
+    assert not line.fill_now()
+    assert read(line, 6) == b"defghi"
+    assert flushed == []
+    line.dry()
     assert flushed == ["flush"]
+    assert (line.ahead, line.received) == (b"", 3)
     there.close()
     with pytest.raises(EOFError):
-        line.read(1)
+        line.fill_now()
     line.close()

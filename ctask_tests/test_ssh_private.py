@@ -10,6 +10,7 @@ Runs in the thread of pytest, and connects to nothing.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import socket
 from collections.abc import Iterator
@@ -19,9 +20,15 @@ from types import ModuleType
 import paramiko
 import pytest
 from paramiko import auth_handler, channel, packet, transport
+from paramiko.common import (
+    MSG_CHANNEL_DATA,
+    MSG_CHANNEL_EXTENDED_DATA,
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_WINDOW_ADJUST,
+)
 
 import ctask.transports.ssh
-from ctask.transports.ssh.channel import SshSession
+from ctask.transports.ssh.channel import _HANDLERS
 from ctask.transports.ssh.packets import PRIVATE
 
 CLASSES = {
@@ -37,6 +44,8 @@ FILES: dict[str, ModuleType] = {
     "channel.py": channel,
 }
 READ = "5.1.0"
+#: of the source of its loop over packets, when ours was written beside it
+READ_LOOP = "d658434778e57b94"
 #: what we define under a private name of our own, which paramiko has by chance or asks for
 OURS = {"_closed", "_flush", "_lock", "_wire", "_out", "_send"}
 
@@ -72,7 +81,8 @@ def test_private_attribute_is_where_it_was(name: str, objects: dict[str, object]
     [
         ("Transport._send_message", ["self", "data"]),
         ("Transport._send_user_message", ["self", "data"]),
-        ("Transport._check_banner", ["self"]),
+        ("Transport._enforce_strict_kex", ["self", "ptype"]),
+        ("Transport._expect_packet", ["self", "ptypes"]),
         ("Transport._send_kex_init", ["self"]),
         ("Transport._parse_kex_init", ["self", "m"]),
         ("Transport._really_parse_kex_init", ["self", "m", "ignore_first_byte"]),
@@ -107,7 +117,15 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
                 pytest.fail(f"{path.name}:{node.lineno}: {name} is paramiko's, and not in PRIVATE")  # type: ignore[attr-defined]
 
 
-def test_the_channel_handlers_are_those_that_ours_answer_to() -> None:
-    handlers = {function.__name__ for function in paramiko.Transport._channel_handler_table.values()}
-    ours = SshSession
-    assert handlers == {name for name in handlers if callable(getattr(ours, name, None))}
+def test_the_packets_of_channels_are_those_that_ours_answer_to() -> None:
+    apart = {MSG_CHANNEL_DATA, MSG_CHANNEL_EXTENDED_DATA}
+    assert set(paramiko.Transport._channel_handler_table) == set(_HANDLERS) | apart
+    numbers = range(MSG_CHANNEL_WINDOW_ADJUST, MSG_CHANNEL_FAILURE + 1)
+    assert set(numbers) == set(_HANDLERS) | apart
+
+
+def test_the_loop_over_packets_is_the_one_that_ours_stands_for() -> None:
+    loop = inspect.getsource(paramiko.Transport.run)
+    assert hashlib.sha256(loop.encode()).hexdigest()[:16] == READ_LOOP, (
+        "paramiko's Transport.run has changed: read it beside Exchange._dispatch, which takes its place"
+    )

@@ -24,6 +24,7 @@ from ctask import (
     Worker,
     task_self,
 )
+from ctask.future import Admission
 from ctask.roster import Roster
 from ctask.testing import FakeTransport, Step, close_everything
 from ctask_tests.fake_nodes import HANGS, Recorder, act, nodes, says
@@ -477,3 +478,6 @@ def test_a_roster_takes_workers_from_many_threads() -> None:
 
 class _Ended:
     closed = True
+
+    def __init__(self) -> None:
+        self.admission = Admission()

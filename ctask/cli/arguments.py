@@ -44,6 +44,8 @@ OPTIONS = (
     Option("-f", "FANOUT", "on how many nodes at a time (64)"),
     Option("-t", "SECS", "time for a node to be reached, until it starts the command (10); 0 is no limit"),
     Option("-u", "SECS", "time for the command to run on a node (no limit)"),
+    Option("--stop", "POLICY", "how to end what is stopped: kill (TERM, then KILL), term, or leave it running (kill)"),
+    Option("--stop-grace", "SECS", "time between TERM and KILL (5)"),
     Option("-l", "USER", "log in as USER"),
     Option("-i", "IDENTITY", "a private key file to log in with; may be repeated"),
     Option("-o", "OPTION=VALUE", f"as for ssh; takes {openssh.TAKEN}"),
@@ -77,7 +79,8 @@ twice the last one counts.
 
 Exit status: 0 the command exited with 0 on every node; 1 it ran everywhere, and not all exited with 0; 3 some were
 not reached, timed out or were lost; 2 what was asked for cannot be right, and nothing was sent; 130 after Ctrl-C;
-141 when nobody reads the output any more.
+141 when nobody reads the output any more. On a terminal the first Ctrl-C tells who is waited for, and a second one
+within 2 s ends them with TERM.
 """
 
 
@@ -214,6 +217,11 @@ def request(typed: Typed) -> Request:
         text = typed.last(flag)
         if text is not None:
             options[name] = _seconds(flag, text)
+    policy, grace = typed.last("--stop"), typed.last("--stop-grace")
+    if policy is not None:
+        options["stop"] = parse_option("stop", policy)[1]
+    if grace is not None:
+        options["stop_grace"] = parse_option("stop_grace", _seconds("--stop-grace", grace))[1]
     user = typed.last("-l")
     if user is not None:
         options["user"] = parse_option("user", user)[1]
@@ -283,7 +291,8 @@ def _seconds(flag: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not value >= 0:  # NaN is not either
-        raise OptionError(f"{flag} takes seconds, 0 for no limit, not {text!r}")
+        zero = "" if flag == "--stop-grace" else ", 0 for no limit"
+        raise OptionError(f"{flag} takes seconds{zero}, not {text!r}")
     return value
 
 

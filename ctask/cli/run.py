@@ -11,6 +11,7 @@ import logging
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -25,6 +26,8 @@ from ctask.worker import Worker
 
 __all__ = ["run"]
 
+#: Seconds in which a second Ctrl-C ends the run, on a terminal.
+AGAIN = 2.0
 #: The handlers that a program has which knows nothing of these signals.
 _UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -65,6 +68,7 @@ class _Run:
         self._task = task
         self._printed: set[str] = set()
         self._missing_told = False
+        self._asked_at = -AGAIN
         self._worker = self._schedule()
 
     def _schedule(self) -> Worker:
@@ -105,7 +109,7 @@ class _Run:
 
     def _wait(self) -> Interrupted | None:
         """Wait until every node has its outcome; return what ended the run before."""
-        with _signals(self._tell_missing), Progress(self._worker, self._terminal):
+        with _signals(self._is_to_end), Progress(self._worker, self._terminal):
             if self._request.stdin:
                 Feeder(self._worker, self._terminal).start()
             try:
@@ -114,12 +118,22 @@ class _Run:
                 return interrupted
         return None
 
-    def _tell_missing(self) -> None:
-        """Say who has not ended, once; in a signal handler, before anything is ended."""
+    def _is_to_end(self, number: int) -> bool:
+        """Say who has not ended; return whether a signal ends the run. In its handler, before anything is ended.
+
+        On a terminal the first Ctrl-C only tells: who looks on may want to wait for the last nodes.
+        """
         missing = self._worker.pending
+        told = f"{missing} ({len(missing)} of {len(self._worker)})"
+        now = time.monotonic()
+        if number == signal.SIGINT and self._terminal.watched and missing and now - self._asked_at > AGAIN:
+            self._asked_at = now
+            self._terminal.say(f"ctask: waiting for {told}; Ctrl-C again within {AGAIN:g} s ends them")
+            return False
         if missing and not self._missing_told:
             self._missing_told = True
-            self._terminal.say(f"ctask: interrupted, without {missing} ({len(missing)} of {len(self._worker)})")
+            self._terminal.say(f"ctask: interrupted, without {told}")
+        return True
 
     def _exit_status(self) -> int:
         if not self._request.max_status:
@@ -154,12 +168,12 @@ def raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def _signals(tell: Callable[[], None]) -> Iterator[None]:
+def _signals(ends: Callable[[int], bool]) -> Iterator[None]:
     """Have Ctrl-C, TERM and a hang-up end the run, while the block lasts; who ignores them goes on to (`nohup`)."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        tell()
-        raise Interrupted(number)
+        if ends(number):
+            raise Interrupted(number)
 
     taken = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) in _UNTOUCHED]
     before = {one: signal.signal(one, interrupt) for one in taken}

@@ -5,6 +5,6 @@ from __future__ import annotations
 
 from ctask.closing import close_everything
 from ctask.testing.cluster import EmbeddedCluster
-from ctask.testing.fake import FakeTransport, Step
+from ctask.testing.fake import End, FakeTransport, Step
 
-__all__ = ["EmbeddedCluster", "FakeTransport", "Step", "close_everything"]
+__all__ = ["EmbeddedCluster", "End", "FakeTransport", "Step", "close_everything"]

@@ -18,12 +18,18 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from ctask import transports
-from ctask.errors import NodeError
+from ctask.errors import Aborted, NodeError
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
+from ctask.states import Outcome
+from ctask.task import all_tasks
 from ctask.transports.base import Session, Sink
 
-__all__ = ["FakeConnection", "FakeSession", "FakeTransport", "Step"]
+__all__ = ["End", "FakeConnection", "FakeSession", "FakeTransport", "Step"]
+
+
+#: Seconds after which jobs have their outcome when the transport is left while they run.
+LEAVE_WITHIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,20 @@ class Step:
 
 
 Script = Callable[[str, Command], Iterable[Step]]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One call of `Connection.end`: on which node, of which sessions, how, and within how many seconds."""
+
+    node: str
+    sessions: tuple[FakeSession, ...]
+    stop: Stop
+    within: float
+
+
+#: What a call of `Connection.end` answers for all of its sessions, or for each.
+Endings = Callable[[End], "Ending | dict[FakeSession, Ending]"]
 
 
 class FakeSession:
@@ -148,11 +168,21 @@ class FakeConnection:
         self.transport.sessions.append(session)
         return session
 
-    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
+    def end(
+        self,
+        sessions: Sequence[Session],
+        stop: Stop,
+        within: float,
+        told: Callable[[Session, Ending], None] | None = None,
+    ) -> dict[Session, Ending]:
         """See `Connection`; answers what the transport was told to answer."""
-        for session in sessions:
+        own = tuple(session for session in sessions if isinstance(session, FakeSession))
+        endings = self.transport.answer(End(self.target.address, own, stop, within))
+        for session in own:
             session.close()
-        return dict.fromkeys(sessions, Ending(self.transport.end_state))
+        if any(ending.state != "gone" for ending in endings.values()):
+            self.retire()
+        return {session: endings[session] for session in own}
 
     def retire(self) -> None:
         """See `Connection`."""
@@ -169,17 +199,33 @@ class FakeTransport:
 
     Attributes:
         sessions: all that were prepared, in order.
-        end_state: what `Connection.end` answers.
+        end_state: what `Connection.end` answers, where `end` does not say.
+        end: given each call of `Connection.end`, returns the answer; it may wait, and raise.
+        end_after: seconds that `Connection.end` takes, whatever it was given.
+        ends: the calls of `Connection.end`, in order.
 
-    Use it as a context manager: it stands in place of `ssh` in this process until it is left.
+    Use it as a context manager: it stands in place of `ssh` in this process until it is left, which aborts what
+    still runs on it.
     """
 
     dials = False
 
-    def __init__(self, script: Script, *, delay: float = 0.0, end_state: str = "gone") -> None:
+    def __init__(
+        self,
+        script: Script,
+        *,
+        delay: float = 0.0,
+        end_state: str = "gone",
+        end: Endings | None = None,
+        end_after: float = 0.0,
+    ) -> None:
         self._script = script
         self._delay = delay
         self.end_state = end_state
+        self.end = end
+        self.end_after = end_after
+        self.ends: list[End] = []
+        self._left = threading.Event()
         self.sessions: list[FakeSession] = []
         self._connections: dict[Target, FakeConnection] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -196,11 +242,23 @@ class FakeTransport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._abort_jobs()
+        self._left.set()
         transports.register("ssh", None)
         with self._changed:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
+
+    def _abort_jobs(self) -> None:
+        """End what still runs or waits: its places are ours, and nobody else can take them back."""
+        begun = [job for task in all_tasks() for worker in task.unfinished() for job in worker.jobs]
+        jobs = [job for job in begun if job.result is None and job.target.transport == "ssh"]
+        for job in jobs:
+            job.run.post(job, job.stop, Outcome.ABORTED, Aborted("the fake transport was left"), LEAVE_WITHIN)
+        until = time.monotonic() + 2 * LEAVE_WITHIN
+        while any(job.result is None for job in jobs) and time.monotonic() < until:
+            time.sleep(0.001)
 
     # -- the Protocol ----------------------------------------------------------------------------------------
 
@@ -243,6 +301,16 @@ class FakeTransport:
         """See `Transport`."""
         return False
 
+    # -- endings ---------------------------------------------------------------------------------------------
+
+    def answer(self, end: End) -> dict[FakeSession, Ending]:
+        """Answer a call of `Connection.end`. The task's pool."""
+        self.ends.append(end)
+        if self.end_after:
+            self._left.wait(self.end_after)
+        said = self.end(end) if self.end is not None else Ending(self.end_state)
+        return said if isinstance(said, dict) else dict.fromkeys(end.sessions, said)
+
     # -- sessions --------------------------------------------------------------------------------------------
 
     def begin(self, session: FakeSession) -> None:
@@ -279,3 +347,4 @@ class FakeTransport:
                     return
                 call = heapq.heappop(self._due)[2]
             call()
+            del call  # what it holds is not to live until the next one

@@ -42,9 +42,9 @@ def end_local(grace: float) -> None:
 
 def close() -> None:
     """Close all kept connections and the watcher. A transport that was never used is not loaded for it."""
-    ssh = sys.modules.get("ctask.transports.ssh")
-    if ssh is not None:
-        ssh.transport().close_all()
+    made = getattr(sys.modules.get("ctask.transports.ssh"), "transport", None)  # None as well: it is being loaded
+    if made is not None:
+        made().close_all()
     watcher = sys.modules.get("ctask.transports.watcher")
     if watcher is not None:
         watcher.close_watcher()

@@ -53,7 +53,8 @@ class Sink(Protocol):
         """The session is over.
 
         Args:
-            error: where it ended otherwise than by the node's own close; the job fills in its phase and node.
+            error: where it ended otherwise than by the node's own close; the job fills in its phase and node. After
+                `exited` it tells that the last output may be missing.
         """
 
 
@@ -98,12 +99,22 @@ class Connection(Protocol):
     def prepare(self, command: Command, sink: Sink) -> Session:
         """Make a session for `command`; sends nothing, never waits."""
 
-    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
+    def end(
+        self,
+        sessions: Sequence[Session],
+        stop: Stop,
+        within: float,
+        told: Callable[[Session, Ending], None] | None = None,
+    ) -> dict[Session, Ending]:
         """End what runs in these sessions on the node, by the policy of `stop`. Pool.
 
         Returns after `within` seconds at the latest, with what is known of each. What was begun goes on without us:
         the KILL that is due after the grace comes, also where the connection is closed meanwhile. The sessions are
         closed, and the connection is retired where the answer is not `gone`.
+
+        Args:
+            told: called in any thread for a session that is gone, perhaps before the others are: nobody waits for
+                another one's grace.
         """
 
     def retire(self) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of this machine: start one in a session of its own, find who is in a session, end them all.
 
-`Ends` and `Process.reap` run in the watcher's thread, `end_sessions` in a thread that may wait. A `Process` has a
-lock of its own, under which it is reaped and signalled: no signal goes to a number that is somebody else's by now.
+`Ends` and `Process.reap` run in the watcher's thread, `end_sessions` and `kill_sessions` in a thread that may wait. A
+`Process` has a lock of its own, under which it is reaped and signalled: no signal goes to a number that is somebody
+else's by now.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
-from ctask.options import Command
+from ctask.options import Command, Stop
+from ctask.result import Ending, RemoteProcess
 from ctask.transports.base import STDERR, STDOUT
 
-__all__ = ["Ends", "Process", "end_sessions"]
+__all__ = ["Ends", "Process", "end_sessions", "kill_sessions"]
 
 #: What a program begins with, as in a fresh login: the rest is inherited, as it was set for this process.
 _DEFAULT_SIGNALS = (
@@ -43,6 +45,8 @@ _LOOK = 0.01
 #: Seconds between KILLs, and how many are sent: a process that forks all the time can slip through one.
 _AGAIN = 0.05
 _KILLS = 5
+#: Processes of one session that are told of.
+_MOST = 16
 
 
 class Ends:
@@ -180,6 +184,9 @@ class Member(NamedTuple):
     group: int
     #: clock ticks between boot and its start
     start: int
+    #: letter of proc(5), and name of its program: of the moment when it was seen
+    state: str
+    name: str
 
 
 class Process:
@@ -278,10 +285,12 @@ def _member(pid: int, session: int) -> Member | None:
     finally:
         os.close(fd)
     # Behind the name, which may have blanks and brackets: state, ppid, pgrp, session, … (starttime is field 22).
-    fields = line[line.rfind(b")") + 2 :].split()
+    before, _, after = line.rpartition(b") ")
+    fields = after.split()
     if len(fields) < 20 or fields[0] in (b"Z", b"X", b"x") or int(fields[3]) != session:
         return None
-    return Member(pid, int(fields[2]), int(fields[19]))
+    name = before.partition(b"(")[2].decode("utf-8", "backslashreplace")
+    return Member(pid, int(fields[2]), int(fields[19]), fields[0].decode(), name)
 
 
 def _signal_member(session: int, member: Member, number: signal.Signals) -> None:
@@ -290,7 +299,8 @@ def _signal_member(session: int, member: Member, number: signal.Signals) -> None
         fd = os.pidfd_open(member.pid)
     except OSError as error:
         # A kernel or a sandbox without pidfd: between this look and the signal there are microseconds.
-        if error.errno != errno.ESRCH and _member(member.pid, session) == member:
+        now = _member(member.pid, session) if error.errno != errno.ESRCH else None
+        if now is not None and now.start == member.start:
             _kill(member.pid, number)
         return
     try:
@@ -334,54 +344,123 @@ def _look(processes: Collection[Process]) -> _Look:
 
 def end_sessions(
     processes: Collection[Process],
-    grace: float,
+    stop: Stop,
     within: float,
     at: Callable[[float, Callable[[], None]], object],
-) -> dict[Process, str]:
-    """End all that runs in the sessions of these children: TERM at once, KILL after `grace` seconds.
+    *,
+    broken: threading.Event | None = None,
+    over: Callable[[Process, Ending], None] = lambda process, ending: None,
+) -> dict[Process, Ending]:
+    """End all that runs in the sessions of these children: TERM at once, KILL after the grace where `stop` says so.
 
     Waits until all are gone, at most `within` seconds; a KILL that is due later is made by `at`.
+
+    Args:
+        broken: ends the waiting when it is set.
+        over: told of each that is gone, as soon as it is seen to be.
 
     Returns:
         `gone`, `alive` or `unknown` for each, as it was last seen.
     """
     began = time.monotonic()
     until = began + within
-    for process in processes:
-        process.signal_group(signal.SIGTERM)
-    seen = _look(processes)
-    for process, members in seen.living.items():
-        for member in members:
-            # Those that were in the leader's group have had theirs, unless the leader was reaped already.
-            if member.group != process.pid or process.ended is not None:
-                _signal_member(process.pid, member, signal.SIGTERM)
-    seen = _wait(seen, min(began + grace, until))
-    if seen.living and began + grace <= until:
+    kill_at = began + stop.grace if stop.policy == "kill" else None
+    ending = _Ending(processes, broken or threading.Event(), over)
+    ending.terminate()
+    ending.wait(until if kill_at is None else min(kill_at, until))
+    if ending.living and kill_at is not None:
+        if kill_at <= until and not ending.broken.is_set():
+            ending.kill(until)
+        else:
+            at(kill_at, partial(_kill_later, tuple(ending.living), _KILLS, at))
+    return {process: ending.told(process) for process in processes}
+
+
+def kill_sessions(processes: Collection[Process], within: float) -> dict[Process, Ending]:
+    """KILL all that runs in the sessions of these children, which had their TERM; as `end_sessions` otherwise."""
+    ending = _Ending(processes, threading.Event(), lambda process, ending: None)
+    ending.look(processes)
+    ending.kill(time.monotonic() + within)
+    return {process: ending.told(process) for process in processes}
+
+
+class _Ending:
+    """Sessions that are being ended: who is in them, and who was told to end."""
+
+    def __init__(
+        self, processes: Collection[Process], broken: threading.Event, over: Callable[[Process, Ending], None]
+    ) -> None:
+        self.broken = broken
+        self.living: dict[Process, list[Member]] = {}
+        self._over = over
+        self._unknown: set[Process] = set()
+        self._counted: dict[Process, set[tuple[int, int]]] = {process: set() for process in processes}
+
+    def look(self, processes: Collection[Process]) -> None:
+        """See who is in these sessions."""
+        seen = _look(processes)
+        self.living = seen.living
+        self._unknown |= seen.unknown
+
+    def terminate(self) -> None:
+        """Send TERM to everybody."""
+        processes = tuple(self._counted)
+        self._count(processes)
+        for process in processes:
+            process.signal_group(signal.SIGTERM)
+        self._count(processes)
+        for process, members in self.living.items():
+            for member in members:
+                # Those that were in the leader's group have had theirs, unless the leader was reaped already.
+                if member.group != process.pid or process.ended is not None:
+                    _signal_member(process.pid, member, signal.SIGTERM)
+        self._tell(processes)
+
+    def _count(self, processes: Collection[Process]) -> None:
+        # Those that are there at the TERM: who makes new ones all the time has told nobody to end.
+        self.look(processes)
+        for process, members in self.living.items():
+            self._counted[process].update((member.pid, member.start) for member in members)
+
+    def kill(self, until: float) -> None:
+        """Send KILL, and wait."""
         kills = 0
-        while seen.living and kills < _KILLS and (not kills or time.monotonic() < until):
+        while self.living and kills < _KILLS and (not kills or time.monotonic() < until):
             kills += 1
-            _kill_members(seen.living)
-            seen = _wait(seen, min(time.monotonic() + _AGAIN, until))
-        seen = _wait(seen, until)
-    elif seen.living:
-        at(began + grace, partial(_kill_later, tuple(seen.living), _KILLS, at))
-    return {process: _state(process, seen) for process in processes}
+            _kill_members(self.living)
+            self.wait(min(time.monotonic() + _AGAIN, until))
+        self.wait(until)
+
+    def wait(self, until: float) -> None:
+        """Look until the living are gone, at most until then; what cannot be known is not waited for."""
+        while self.living and (left := until - time.monotonic()) > 0 and not self.broken.wait(min(_LOOK, left)):
+            before = tuple(self.living)
+            self.look(before)
+            self._tell(before)
+
+    def _tell(self, processes: Collection[Process]) -> None:
+        for process in processes:
+            if process not in self.living and process not in self._unknown:
+                self._over(process, self.told(process))
+
+    def told(self, process: Process) -> Ending:
+        """Return what is known of a session."""
+        count = len(self._counted[process])
+        members = self.living.get(process)
+        if members is None:
+            return Ending("unknown" if process in self._unknown else "gone", count)
+        if not members:  # somebody whom we may not see
+            return Ending("unknown", count or None)
+        return Ending("alive", count, tuple(map(_seen, members[:_MOST])))
 
 
-def _state(process: Process, seen: _Look) -> str:
-    if process in seen.living:
-        return "alive" if seen.living[process] else "unknown"
-    return "unknown" if process in seen.unknown else "gone"
-
-
-def _wait(seen: _Look, until: float) -> _Look:
-    """Look until the living are gone, at most until then; what cannot be known is not waited for."""
-    unknown = seen.unknown
-    while seen.living and (left := until - time.monotonic()) > 0:
-        time.sleep(min(_LOOK, left))
-        seen = _look(seen.living)
-        unknown = unknown | seen.unknown
-    return _Look(seen.living, unknown)
+def _seen(member: Member) -> RemoteProcess:
+    try:
+        with open(f"/proc/{member.pid}/wchan", encoding="ascii", errors="backslashreplace") as file:
+            waits_in = file.read(64).strip()
+    except OSError:
+        waits_in = ""
+    return RemoteProcess(member.pid, member.name, member.state, "" if waits_in == "0" else waits_in)
 
 
 def _kill_members(living: dict[Process, list[Member]]) -> None:

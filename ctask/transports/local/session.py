@@ -18,7 +18,7 @@ import time
 from functools import partial
 
 from ctask.errors import ConnectionLost, ExecRefused, LocalResource, NodeError
-from ctask.options import Command
+from ctask.options import Command, Stop
 from ctask.transports.base import Sink
 from ctask.transports.local.processes import Ends, Process
 from ctask.transports.local.stdin import Input
@@ -77,6 +77,8 @@ class LocalSession:
         self._unflushed = False
         self._exited = False
         self._ended = False
+        #: how it was told to end, and when; of who ends it
+        self.stopped: tuple[Stop, float] | None = None
 
     def __repr__(self) -> str:
         what = self._command.line or b" ".join(self._command.argv)
@@ -140,6 +142,11 @@ class LocalSession:
         """As `close`, after what the pipes still hold. Any thread; never waits."""
         if self._watcher is not None:
             self._watcher.call(self._wind_up)
+
+    def let_go(self) -> None:
+        """Look at a process that runs on no more. Any thread; never waits."""
+        if self._watcher is not None:
+            self._watcher.call(self._let_go)
 
     def started(self, until: float) -> Process | None:
         """Return the process, waiting for it while it is being started; None where there is none. Pool."""
@@ -351,6 +358,11 @@ class LocalSession:
         self._close_pidfd()
         if self._ended:
             sessions.discard(self)
+
+    def _let_go(self) -> None:
+        self._end(None)
+        self._close_pidfd()
+        sessions.discard(self)
 
     def _close_pidfd(self) -> None:
         fd, self._pidfd = self._pidfd, None

@@ -1,50 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way to this machine: always there, with room for everybody.
+"""The way to this machine: always there, with room for as many commands as there are descriptors for their pipes.
 
-`end` and `terminate_all` run in threads that may wait, the rest in any. There is no state but the sessions'.
+`end` and `terminate_all` run in threads that may wait, the rest in any. One small lock guards the count of places.
 """
 
 from __future__ import annotations
 
 import functools
+import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from socket import socket
 from typing import NoReturn
 
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
 from ctask.transports.base import Connection, Session, Sink
-from ctask.transports.local.processes import Process, end_sessions
+from ctask.transports.local.processes import Process, end_sessions, kill_sessions
 from ctask.transports.local.session import LocalSession
 from ctask.transports.local.session import sessions as all_sessions
 from ctask.transports.watcher import watcher
 
 __all__ = ["LocalConnection", "LocalTransport", "transport"]
 
+#: Descriptors of a command that runs (three pipes, its pidfd), and those that are left to the program and to ctask.
+DESCRIPTORS = 4
+SPARE_DESCRIPTORS = 26
 #: Seconds in which the watcher hands over the last words of commands that were ended.
 TELL = 0.5
 
 
 class LocalTransport:
-    """The way to this machine: one connection, which always has room."""
+    """The way to this machine: one connection, which has room as long as there are descriptors for pipes."""
 
     dials = False
 
     def __init__(self) -> None:
         self._connection = LocalConnection()
+        self._lock = threading.Lock()
+        # Under the lock.
+        self._places = 0
+        self._waiters: list[Callable[[], None]] = []
 
     def check(self, target: Target) -> None:
         """Nothing can be wrong with it."""
 
-    def take(self, target: Target) -> LocalConnection:
-        """Return the one connection. Never waits."""
+    def take(self, target: Target) -> LocalConnection | None:
+        """Return the one connection, unless as many commands run as there are descriptors for. Never waits."""
         del target
+        with self._lock:
+            if self._places >= _bound():
+                return None
+            self._places += 1
         return self._connection
 
     def give_back(self, connection: Connection) -> None:
-        """Nothing is counted."""
+        """A command has its outcome."""
+        with self._lock:
+            self._places -= 1
+            waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter()
 
     def connect(self, target: Target, sock: socket, on_phase: Callable[[str], None]) -> NoReturn:
         """Never to be called: `take` always gives a connection."""
@@ -54,15 +72,20 @@ class LocalTransport:
         """It is kept anyway."""
 
     def reserve(self) -> bool:
-        """Nothing is dialed, so there is always room for it."""
-        return True
+        """Nothing is dialed: who finds no place waits for one."""
+        return False
 
     def unreserve(self) -> None:
         """Nothing was reserved."""
 
     def when_room(self, call: Callable[[], None]) -> None:
-        """There is room now."""
-        call()
+        """Have `call` called once, when a place is free; now where one is."""
+        with self._lock:
+            room = self._places < _bound()
+            if not room:
+                self._waiters.append(call)
+        if room:
+            call()
 
     def unreachable(self, target: Target, now: float) -> None:
         """This machine is always reached."""
@@ -75,19 +98,30 @@ class LocalTransport:
     def terminate_all(self, grace: float) -> None:
         """End every local command of this process: TERM now, KILL after `grace` seconds.
 
-        For the interpreter's exit. Waits for it, half a second longer than `grace` at most. What a command that has
-        ended by itself left in the background stays. Any thread but the watcher's.
+        What was told to end before is not told again, and has its KILL `grace` seconds after that, if its policy
+        has one. For the interpreter's exit. Waits for it, half a second longer than `grace` at most. What a command
+        that has ended by itself left in the background stays. Any thread but the watcher's.
         """
         until = time.monotonic() + TELL
         begun = {session: session.started(until) for session in tuple(all_sessions) if not session.drop()}
-        living = [process for process in begun.values() if process is not None and process.ended is None]
-        states = end_sessions(living, grace, grace + 0.5, watcher().at) if living else {}
+        living = {one: process for one, process in begun.items() if process is not None and process.ended is None}
+        untold = [process for session, process in living.items() if session.stopped is None]
+        endings = end_sessions(untold, Stop("kill", grace), grace + 0.5, watcher().at) if untold else {}
+        endings |= _kill_told({session: process for session, process in begun.items() if process is not None}, grace)
+        self._connection.wake()
         # The watcher, which may be closed next, has still to reap them and to close their pipes.
-        over = [one for one, process in begun.items() if process is None or states.get(process, "gone") == "gone"]
-        for session in over:
-            session.wind_up()
+        over = {
+            session
+            for session, process in begun.items()
+            if process is None or session not in living or (process in endings and endings[process].state == "gone")
+        }
+        for session in begun:
+            if session in over:
+                session.wind_up()
+            else:
+                session.let_go()
         until = time.monotonic() + TELL
-        while any(session in all_sessions for session in over) and time.monotonic() < until:
+        while any(session in all_sessions for session in begun) and time.monotonic() < until:
             time.sleep(0.001)
 
     def living(self) -> int:
@@ -100,42 +134,94 @@ class LocalConnection:
 
     def __init__(self) -> None:
         self.target = Target(transport="local")
+        self._broken = threading.Event()
 
     def prepare(self, command: Command, sink: Sink) -> LocalSession:
         """Make a session for `command`; nothing runs yet. Any thread."""
         return LocalSession(command, sink)
 
-    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
-        """End what runs in these sessions: TERM at once, KILL after `grace` seconds. Pool.
+    def wake(self) -> None:
+        """End the waits of `end`: the interpreter exits."""
+        broken, self._broken = self._broken, threading.Event()
+        broken.set()
+
+    def end(
+        self,
+        sessions: Sequence[Session],
+        stop: Stop,
+        within: float,
+        told: Callable[[Session, Ending], None] | None = None,
+    ) -> dict[Session, Ending]:
+        """End what runs in these sessions by the policy of `stop`. Pool.
 
         What is ended is the whole session of each command: its children too, whatever group they have made.
         Returns when all are gone, after `within` seconds at the latest; a KILL that is due later still comes. What
         had been printed has then been given to the sinks, and the sessions are over, whoever holds their pipes.
+        What is left to run has its pipes closed.
         """
-        until = time.monotonic() + within
+        until, broken = time.monotonic() + within, self._broken
         endings = dict.fromkeys(sessions, Ending("unknown"))
         processes: dict[LocalSession, Process] = {}
         for session in sessions:
             if isinstance(session, LocalSession):
                 # One that could be dropped, or was refused by the system, has no process and will have none.
                 process = None if session.drop() else session.started(until)
+                session.stopped = (stop, time.monotonic())
                 if process is None:
-                    endings[session] = Ending("gone")
+                    endings[session] = Ending("gone", 0)
+                elif stop.policy == "leave":
+                    endings[session] = Ending("left")
+                    session.close()
                 else:
                     processes[session] = process
+        whose = {process: session for session, process in processes.items()}
+
+        def over(process: Process, ending: Ending) -> None:
+            if told is not None:
+                session = whose[process]
+                session.wind_up()
+                _after_words(partial(told, session, ending))
+
         left = max(0.0, until - time.monotonic())
-        ended = end_sessions(tuple(processes.values()), stop.grace, left, watcher().at)
+        ended = end_sessions(tuple(whose), stop, left, watcher().at, broken=broken, over=over)
         for session, process in processes.items():
-            endings[session] = Ending(ended[process])
+            endings[session] = ended[process]
             session.wind_up()
         if processes:
-            told = threading.Event()
-            watcher().call(told.set)
-            told.wait(TELL)
+            done = threading.Event()
+            _after_words(done.set)
+            done.wait(TELL)
         return endings
 
     def retire(self) -> None:
         """There is no other one to take its place: it goes on."""
+
+
+def _after_words(call: Callable[[], None]) -> None:
+    """Have `call` called by the watcher when it has told the sinks what it read until now."""
+    loop = watcher()
+    loop.call(partial(loop.later, call))
+
+
+def _kill_told(begun: Mapping[LocalSession, Process], grace: float) -> dict[Process, Ending]:
+    """KILL what was told to end `grace` seconds ago, waiting for that moment."""
+    stops = {process: session.stopped for session, process in begun.items() if session.stopped is not None}
+    due = {process: at + min(stop.grace, grace) for process, (stop, at) in stops.items() if stop.policy == "kill"}
+    if not due:
+        return {}
+    _sleep_until(max(due.values()), due)
+    return kill_sessions(tuple(due), 0.5)
+
+
+def _sleep_until(when: float, processes: Iterable[Process]) -> None:
+    while time.monotonic() < when and any(process.ended is None for process in processes):
+        time.sleep(0.005)
+
+
+def _bound() -> float:
+    """Return how many commands may run at once; read anew, since a program may raise its limit."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return float("inf") if soft == resource.RLIM_INFINITY else max(1, (soft - SPARE_DESCRIPTORS) // DESCRIPTORS)
 
 
 @functools.cache

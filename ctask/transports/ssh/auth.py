@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The login: each private key once, in the target's order, and what is said where none of them does.
 
-Runs in the pool thread that connects, after the host key was verified; `_Login`'s handlers run in the
-connection's thread, and what they write is read after the event that they set.
+Runs in the pool thread that connects, after the host key was verified.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from paramiko.auth_handler import AuthHandler
@@ -47,17 +45,11 @@ def log_in(link: Link, target: Target) -> None:
         if not _takes(link, identity):
             continue
         offered.append(identity)
-        login = _Login(link)
-        done = threading.Event()
-        link.auth_handler = login
-        link.await_event(done, partial(login.auth_publickey, target.user, identity.pkey, done))
-        if link.is_authenticated():
-            link.logged_in()
-            return
-        if not login.answered:
-            # The event is set a moment before the thread has told everybody; then its farewell is known.
-            link.join()
+        login = link.auth_handler = _Login(link)
+        if not login.ask(target.user, identity):
             raise _hung_up(link, target, offered)
+        if login.is_authenticated():
+            return
         allowed = login.allowed
         partly = partly or login.partly
         if "publickey" not in allowed:
@@ -69,7 +61,7 @@ class _Login(AuthHandler):  # type: ignore[misc]  # paramiko has no types
     """paramiko's side of one login, which keeps what the server would go on with.
 
     Attributes:
-        answered: the server refused, in part or in whole; without it, the connection has ended.
+        answered: the server refused, in part or in whole.
         allowed: the methods that the server named then.
         partly: it took the key, and wants something else as well.
     """
@@ -79,6 +71,15 @@ class _Login(AuthHandler):  # type: ignore[misc]  # paramiko has no types
         self.answered = False
         self.allowed: tuple[str, ...] = ()
         self.partly = False
+
+    def ask(self, user: str, identity: Identity) -> bool:
+        """Offer a key and wait for the answer; False: the connection has ended."""
+        link: Link = self.transport
+        try:
+            self.auth_publickey(user, identity.pkey, threading.Event())
+        except (EOFError, OSError):
+            pass  # a connection that is gone is told by the next read of it
+        return link.drive(lambda: self.answered or self.authenticated)
 
     def _parse_userauth_failure(self, m: Message) -> None:
         names = m.get_string()[:1000].decode("ascii", "replace").split(",")

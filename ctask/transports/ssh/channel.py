@@ -2,7 +2,7 @@
 """One command on an SSH connection: the `Session` of the Protocol, and the channel object of the `Link`.
 
 `start`, `write`, `close_stdin`, `give` and `close` run in pool threads, `try_start` and `drop` in the
-dispatcher; everything that packets call (paramiko's names, with an underscore) runs in the connection's
+dispatcher; everything that packets call runs in the connection's
 thread, and that alone talks to the sink, but for the `ended` of a session whose connection was dead before it
 started.
 
@@ -16,17 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
     MSG_CHANNEL_DATA,
     MSG_CHANNEL_EOF,
+    MSG_CHANNEL_EXTENDED_DATA,
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_OPEN,
     MSG_CHANNEL_REQUEST,
+    MSG_CHANNEL_SUCCESS,
     MSG_CHANNEL_WINDOW_ADJUST,
 )
+from paramiko.message import Message
 from paramiko.ssh_exception import SSHException
 
 from ctask.errors import NodeError
@@ -36,8 +40,6 @@ from ctask.transports.ssh import mapping
 from ctask.transports.ssh.transport import Link, OwnChannel
 
 if TYPE_CHECKING:
-    from paramiko.message import Message
-
     from ctask.transports.ssh.connection import SshConnection
 
 __all__ = ["WINDOW", "SshSession"]
@@ -71,6 +73,8 @@ _CLOSE = bytes((MSG_CHANNEL_CLOSE,))
 _FAILURE = bytes((MSG_CHANNEL_FAILURE,))
 _ADJUST = bytes((MSG_CHANNEL_WINDOW_ADJUST,))
 _DATA = bytes((MSG_CHANNEL_DATA,))
+#: RFC 4254 5.2: the one kind of extended data there is
+_ERROR_OUTPUT = _u32(1)
 
 
 class SshSession(OwnChannel):
@@ -79,7 +83,8 @@ class SshSession(OwnChannel):
     __slots__ = (
         "_asked",  # what the node has not answered yet: "", "pty" or "exec"
         "_command",
-        "_committed",  # the command is being sent, or was
+        "_committed",  # the command is being sent, or was: its number among those of the connection; else 0
+        "_complete",  # the node said that all output was sent
         "_dropped",
         "_eof_sent",
         "_eof_wanted",
@@ -97,10 +102,12 @@ class SshSession(OwnChannel):
         "_running",
         "_seen",  # bytes that the node sent, all in all
         "_sent",  # the command was sent: what follows it may be
+        "_signal_refused",
         "_sink",
         "_started",
         "_starved",  # the last write took less than it was given
         "_taken",  # bytes that were handed on since credit was asked for
+        "_watch",  # whom the end of the command interests beside the sink
     )
 
     def __init__(self, connection: SshConnection, command: Command, sink: Sink) -> None:
@@ -115,8 +122,10 @@ class SshSession(OwnChannel):
         self._error: NodeError | None = None
         self._given = WINDOW
         self._seen = self._taken = self._held = self._room = 0
-        self._started = self._dropped = self._committed = self._running = False
-        self._sent = self._exited = self._over = self._marked = False
+        self._committed = 0
+        self._watch: Callable[[], None] | None = None
+        self._started = self._dropped = self._running = self._signal_refused = False
+        self._sent = self._exited = self._complete = self._over = self._marked = False
         self._eof_sent = self._eof_wanted = self._starved = False
 
     def __repr__(self) -> str:
@@ -133,7 +142,7 @@ class SshSession(OwnChannel):
             if self._dropped or self._started:
                 return
             self._started = True
-        if self._link.enlist(self):
+        if self._link.settle() and self._link.enlist(self):
             self._send(self._opening())
         else:
             # The connection's thread has told everybody that it knew of, and is gone.
@@ -164,7 +173,7 @@ class SshSession(OwnChannel):
                 return len(view)  # nobody reads it any more: as if it had been read
             if not size:
                 break
-            payload = _DATA + _u32(self._remote) + _string(bytes(view[sent : sent + size]))
+            payload = self._input(view[sent : sent + size])
             try:
                 if not self._send_input(payload, size):
                     break
@@ -174,6 +183,9 @@ class SshSession(OwnChannel):
                 return len(view)
             sent += size
         return sent
+
+    def _input(self, piece: memoryview) -> bytes:
+        return _DATA + _u32(self._remote) + _string(bytes(piece))
 
     def _claim(self, wanted: int) -> int:
         """Take bytes off the room and return how many; -1 where input is over."""
@@ -227,8 +239,14 @@ class SshSession(OwnChannel):
         if self.ask_close():
             self._link.wire.flush()
 
-    def ask_close(self) -> bool:
-        """Close the channel without waiting; the caller flushes the wire. False: nothing was to be sent."""
+    def ask_close(self, *, gone: bool = False) -> bool:
+        """Close the channel without waiting; the caller flushes the wire. False: nothing was to be sent.
+
+        Args:
+            gone: the node said that the command is; else it may run on, and the connection's are counted no more.
+        """
+        if self.counts and not gone:
+            self._link.uncounted = True
         with self._guard:
             self._dropped = self._dropped or not self._committed
             if self._over or self._remote < 0:
@@ -237,6 +255,28 @@ class SshSession(OwnChannel):
             return self._link.send_close(self, _CLOSE + _u32(self._remote))
         return False
 
+    # --- what the ending of commands asks; any thread, the truth of a moment
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the command will not be sent any more, or was refused."""
+        return self._error is not None or (self._dropped and not self._committed)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the command runs on the node, as far as is known."""
+        return self._committed > 0 and not (self._exited or self._over or self.close_sent)
+
+    def watch(self, call: Callable[[], None]) -> None:
+        """Have `call` called, by the connection's thread, when command or session end, or a signal is refused."""
+        self._watch = call
+
+    def signal(self, name: bytes) -> None:
+        """Ask the node to signal the command's process group (RFC 4254 6.9), without waiting."""
+        request = _REQUEST + _u32(self._remote) + _string(b"signal") + b"\1" + _string(name)
+        with contextlib.suppress(EOFError, OSError):
+            self._link.send(self, request)
+
     def _opening(self) -> bytes:
         return _OPEN_HEAD + _u32(self.chanid) + _OPEN_TAIL
 
@@ -244,8 +284,6 @@ class SshSession(OwnChannel):
         # A connection that is gone is told by its thread, which the failed send has woken.
         with contextlib.suppress(EOFError, OSError):
             self._link.send(self, payload)
-            if threading.get_ident() != self._link.ident:
-                self._link.wire.flush()
 
     # --- what the Link calls: the connection's thread
 
@@ -268,7 +306,7 @@ class SshSession(OwnChannel):
     def _send_command(self) -> None:
         with self._guard:
             dropped = self._dropped
-            self._committed = not dropped
+            self._committed = 0 if dropped else next(self._link.orders)
         if dropped:
             self._reply_close()
             return
@@ -312,7 +350,7 @@ class SshSession(OwnChannel):
 
     def _lost(self) -> NodeError:
         link = self._link
-        return mapping.lost(link.saved_exception, link.farewell[1], here=link.closed_here)
+        return mapping.lost(link.verdict or link.saved_exception, link.farewell[1], here=link.closed_here)
 
     def _reply_close(self) -> None:
         self._link.send_close(self, _CLOSE + _u32(self._remote))
@@ -346,24 +384,28 @@ class SshSession(OwnChannel):
                 return
             self._over = True
         self._link.delist(self)
-        if self._exited:
-            error = None  # how it ended is known, and what ended the connection later is nothing to it
+        if self._exited and self._complete:
+            error = None  # what ended the connection later is nothing to it
         elif self._error is not None:
             error = self._error
         self._sink.ended(error)
+        if self._watch is not None:
+            self._watch()
 
-    # --- packets, by paramiko's names for their handlers; the connection's thread
+    # --- packets: the connection's thread
 
-    def _feed(self, m: Message) -> None:
-        self._take(STDOUT, m)
+    def packet(self, kind: int, payload: bytes) -> None:
+        """Deal with a message; see `OwnChannel`."""
+        if kind == MSG_CHANNEL_DATA:
+            self._take(STDOUT, payload, 5)
+        elif kind == MSG_CHANNEL_EXTENDED_DATA:
+            self._take(STDERR if payload[5:9] == _ERROR_OUTPUT else 0, payload, 9)
+        else:
+            _HANDLERS[kind](self, payload)
 
-    def _feed_extended(self, m: Message) -> None:
-        kind = m.get_int()
-        self._take(STDERR if kind == 1 else 0, m)
-
-    def _take(self, stream: int, m: Message) -> None:
-        size = m.get_int()
-        chunk = m.packet.read(size)
+    def _take(self, stream: int, payload: bytes, at: int) -> None:
+        size = int.from_bytes(payload[at : at + 4], "big")
+        chunk = payload[at + 4 : at + 4 + size]
         self._seen += size
         # Also what is thrown away counts: a node that ignores its window is a flood.
         if len(chunk) != size or self._seen > self._given:
@@ -378,28 +420,33 @@ class SshSession(OwnChannel):
         if not self._marked:
             self._mark()
 
-    def _window_adjust(self, m: Message) -> None:
-        size = m.get_int()
+    def _window_adjusted(self, payload: bytes) -> None:
+        size = int.from_bytes(payload[5:9], "big")
         with self._guard:
             self._room = min(self._room + size, _MOST_ROOM)
         if self._starved:
             self._wake_writer()
 
-    def _request_success(self, _: Message) -> None:
+    def _granted(self, _: bytes) -> None:
         asked, self._asked = self._asked, ""
         if asked == "pty":
             self._send_command()
         elif asked == "exec":
             self._run()
 
-    def _request_failed(self, _: Message) -> None:
+    def _denied(self, _: bytes) -> None:
         asked, self._asked = self._asked, ""
-        # Anything else that was refused says nothing about the command, which goes on.
         if asked:
             self._error = mapping.no_terminal() if asked == "pty" else mapping.exec_refused()
             self._reply_close()
+            return
+        # A signal that was refused says nothing about the command, which goes on.
+        self._signal_refused = True
+        if self._watch is not None:
+            self._watch()
 
-    def _handle_request(self, m: Message) -> None:
+    def _requested(self, payload: bytes) -> None:
+        m = Message(payload[5:])
         kind, wanted = m.get_string(), m.get_boolean()
         if kind == b"exit-status":
             self._ended_with(m.get_int(), None)
@@ -417,21 +464,36 @@ class SshSession(OwnChannel):
         self._exited = True
         self._sink.exited(status, signal)
         self._mark()
+        if self._watch is not None:
+            self._watch()
 
-    def _handle_eof(self, _: Message) -> None:
-        """Nothing: output that ended is no command that ended."""
+    def _ended_output(self, _: bytes) -> None:
+        self._complete = True  # and no more: output that ended is no command that ended
 
-    def _handle_close(self, _: Message) -> None:
+    def _closed_there(self, _: bytes) -> None:
         if self._remote < 0:
             raise SSHException("a session was closed before it was opened")
         self._link.when_clear(self._closed)
 
     def _closed(self) -> None:
+        self._complete = True
         # Where we closed it first, nothing is missing.
         error = None if self.close_sent else mapping.no_exit_status()
+        if self.counts:
+            self._link.uncounted = True  # nobody said that its command ended
         try:
             # Before the job hears of it: its next command would meet MaxSessions.
             self._reply_close()
         finally:
             self._end(error)
             self._mark()
+
+
+_HANDLERS = {
+    MSG_CHANNEL_WINDOW_ADJUST: SshSession._window_adjusted,
+    MSG_CHANNEL_REQUEST: SshSession._requested,
+    MSG_CHANNEL_SUCCESS: SshSession._granted,
+    MSG_CHANNEL_FAILURE: SshSession._denied,
+    MSG_CHANNEL_EOF: SshSession._ended_output,
+    MSG_CHANNEL_CLOSE: SshSession._closed_there,
+}

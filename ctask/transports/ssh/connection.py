@@ -8,7 +8,6 @@ that pool's.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from ctask.errors import NodeError
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
 from ctask.transports.base import Session, Sink
-from ctask.transports.ssh import hostkeys, mapping
+from ctask.transports.ssh import ending, hostkeys, mapping
+from ctask.transports.ssh.alive import Pulse
 from ctask.transports.ssh.auth import log_in
 from ctask.transports.ssh.channel import SshSession
 from ctask.transports.ssh.hostkeys import KnownHosts
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SshConnection", "connect"]
 
-#: Seconds that the thread of a connection that failed is waited for; its socket is shut, so it ends at once.
-_JOIN = 5.0
 #: Seconds that the closing of sessions may wait for the socket.
 _CLOSING = 1.0
 #: known_hosts has a key's type, a handshake the algorithm of the signature.
@@ -45,24 +43,29 @@ class SshConnection:
     """A connection that is logged in.
 
     Attributes:
+        scripts: how many scripts end sessions on it now; `guard` guards it, and `script_over` tells of each end.
         places: jobs that have a place on it; the pool's lock guards it, and the following ones.
         kept: the pool has it.
         retired: it takes no new jobs.
         idle_since: when its last place came back.
         timer: when the pool looks at it next; 0 for never.
         alarm: the watcher's timer for that.
+        pulse: whether it lives; the watcher's.
     """
 
     def __init__(self, pool: ConnectionPool, target: Target, link: Link) -> None:
         self.target = target
         self.link = link
         self.guard = threading.Lock()
+        self.scripts = 0
+        self.script_over = threading.Condition(self.guard)
         self.places = 0
         self.kept = False
         self.retired = False
         self.idle_since = 0.0
         self.timer = 0.0
         self.alarm: Timer | None = None
+        self.pulse = Pulse()
         self._pool = pool
 
     def __repr__(self) -> str:
@@ -78,16 +81,16 @@ class SshConnection:
         """Make a session; sends nothing, never waits."""
         return SshSession(self, command, sink)
 
-    def end(self, sessions: Sequence[Session], stop: Stop, within: float) -> dict[Session, Ending]:
-        """Close these sessions; what runs in them is not ended, so nothing is known of it.
-
-        The connection is retired: what went on running there is none of a later job's business.
-        """
-        for session in sessions:
-            cast("SshSession", session).ask_close()
-        self.link.wire.flush(min(within, _CLOSING))
-        self.retire()
-        return dict.fromkeys(sessions, Ending("unknown"))
+    def end(
+        self,
+        sessions: Sequence[Session],
+        stop: Stop,
+        within: float,
+        told: Callable[[Session, Ending], None] | None = None,
+    ) -> dict[Session, Ending]:
+        """End what runs in these sessions; see `base.Connection.end`, and `ending.end` for what the states mean."""
+        own = [cast("SshSession", session) for session in sessions]
+        return ending.end(self, own, stop, within, told)
 
     def retire(self) -> None:
         """Take no new sessions; close once every place was given back. Never waits."""
@@ -144,10 +147,9 @@ class _Making:
         self._enter("auth", on_phase)
         log_in(link, self._target)
         connection = SshConnection(self._pool, self._target, link)
-        with link.lock:
-            if link.dead:
-                raise mapping.auth_lost(link.saved_exception, link.farewell[1])
-            link.on_dead = connection.died
+        link.on_dead = connection.died
+        if not link.hand_over(self._pool.read):
+            raise mapping.auth_lost(link.saved_exception, link.farewell[1])
         return connection
 
     def _enter(self, phase: str, on_phase: Callable[[str], None]) -> None:
@@ -192,14 +194,11 @@ class _Making:
             raise mapping.host_key_unchecked(error) from error
 
     def undo(self) -> None:
-        """Close the socket and end the thread."""
-        if self._link is None or self._link.ident is None:
+        """Close the socket. Nobody else reads it yet."""
+        if self._link is None:
             self._wire.close()
         else:
-            self._wire.shut()
-            with contextlib.suppress(RuntimeError):
-                self._link.join(_JOIN)
-        if self._link is not None:
+            self._link.abandon()
             self._pool.unborn(self._link)
 
 

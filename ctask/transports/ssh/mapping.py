@@ -31,6 +31,7 @@ _Error = TypeVar("_Error", bound=NodeError)
 __all__ = [
     "HostKeyChanged",
     "NoCommonAlgorithm",
+    "Silence",
     "TooMuch",
     "auth_lost",
     "exec_refused",
@@ -44,6 +45,7 @@ __all__ = [
     "no_version",
     "open_refused",
     "quoted",
+    "says_forced_command",
     "wrong_version",
 ]
 
@@ -75,6 +77,10 @@ class NoCommonAlgorithm(IncompatiblePeer):  # type: ignore[misc]  # paramiko has
 
 class HostKeyChanged(SSHException):  # type: ignore[misc]  # paramiko has no types
     """A re-key showed another host key than the handshake did."""
+
+
+class Silence(SSHException):  # type: ignore[misc]  # paramiko has no types
+    """A connection that was given up because its node said, or took, nothing for too long."""
 
 
 class TooMuch(SSHException):  # type: ignore[misc]  # paramiko has no types
@@ -194,6 +200,15 @@ def is_hang_up_for_tries(code: int, said: str) -> bool:
     """Whether a farewell in the login means that too many credentials were offered."""
     # 14 is "no more authentication methods"; OpenSSH says 2 and the words.
     return code == 14 or "too many authentication failures" in said.lower()
+
+
+def says_forced_command(text: bytes) -> bool:
+    """Whether what sshd tells debuggers of a key is that it runs one command, whatever is asked for.
+
+    It says `PLACE: key options: agent-forwarding command pty`, and the same of a certificate.
+    """
+    _, found, options = text.partition(b": key options:")
+    return bool(found) and b"command" in options.split()
 
 
 def _broken(cause: BaseException | None) -> str:

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets of one connection: paramiko's packetizer on a `Wire`, bounded; and what is used of its inside.
+"""Packets of one connection: paramiko's packetizer on a `Wire`, and what is used of its inside.
 
-Reading runs in the connection's thread, sending in any; paramiko's own write lock guards the cipher.
+Reading is our own, since paramiko's waits in the middle of a packet; it runs in the thread that reads. Sending is
+paramiko's, in any thread; its write lock guards the cipher.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from paramiko.packet import Packetizer
+from paramiko.ssh_exception import SSHException
 
 from ctask.transports.ssh.mapping import TooMuch, quoted
 from ctask.transports.ssh.wire import Wire
-
-if TYPE_CHECKING:
-    from paramiko.message import Message
 
 __all__ = ["PRIVATE", "Packet", "WirePacketizer", "differences"]
 
@@ -34,7 +35,9 @@ PRIVATE = {
     "Transport._send_message": "transport.py:1810",
     "Transport._send_user_message": "transport.py:1813",
     "Transport._send_kex_init": "transport.py:2260",
-    "Transport._check_banner": "transport.py:2217",
+    "Transport._enforce_strict_kex": "transport.py:2005",
+    "Transport._expect_packet": "transport.py:1848",
+    "Transport._expected_packet": "transport.py:507",
     "Transport._parse_kex_init": "transport.py:2356",
     "Transport._really_parse_kex_init": "transport.py:2331",
     "Transport._latest_kex_init": "transport.py:2328",
@@ -47,16 +50,9 @@ PRIVATE = {
     "Packetizer._Packetizer__write_lock": "packet.py:125",
     "Packetizer._Packetizer__aead_out": "packet.py:119",
     "Packetizer._Packetizer__block_size_out": "packet.py:100",
+    "Packetizer._trigger_rekey": "packet.py:694",
     "Packetizer._build_packet": "packet.py:676",
     "AuthHandler._parse_userauth_failure": "auth_handler.py:537",
-    "Channel._request_success": "channel.py:1023",
-    "Channel._request_failed": "channel.py:1029",
-    "Channel._feed": "channel.py:1039",
-    "Channel._feed_extended": "channel.py:1047",
-    "Channel._window_adjust": "channel.py:1060",
-    "Channel._handle_request": "channel.py:1071",
-    "Channel._handle_eof": "channel.py:1163",
-    "Channel._handle_close": "channel.py:1176",
     "Channel._unlink": "channel.py:1262",
 }
 
@@ -82,33 +78,183 @@ class Packet:
 
 
 class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
-    """paramiko's packets, read from a `Wire`, bounded, and without the timer of the handshake."""
+    """paramiko's packets, read from what a `Wire` has, bounded, and without the timer of the handshake.
+
+    Attributes:
+        sequence: number of the packet that was read last (RFC 4253 6.4).
+    """
 
     def __init__(self, wire: Wire) -> None:
         super().__init__(wire)
         self._wire = wire
-        self._allowed = HANDSHAKE_PACKETS
+        self._allowed = HANDSHAKE_PACKETS + 1
         self.write_lock: Any = self._Packetizer__write_lock
         self._random = b""
         self._random_at = 0
-        # On the object until the login is done; afterwards packets pay nothing for it.
-        self.read_message = self._read_counted
+        self.sequence = -1
+        # Of what comes in since the last keys: how much, and how much of it since new ones were asked for.
+        self._bytes = self._packets = 0
+        self._late_bytes = self._late_packets = 0
+        self._open: Callable[[], bytes | None] = self._open_plain
+        self._engine: Any = None
+        self._mac_of: Callable[[bytes], bytes] = bytes
+        self._mac_size = 0
+        self._block_size = 8
+        # AES-GCM: what stands still of the nonce, and its counter (RFC 5647 7.1)
+        self._nonce = b""
+        self._count = 0
+        # The first block of a packet whose length is encrypted, and that has not come whole.
+        self._first = b""
 
-    def _read_counted(self) -> tuple[int, Message]:
-        self._allowed -= 1
-        if self._allowed < 0:
-            raise TooMuch(f"more than {HANDSHAKE_PACKETS} packets before the login was done")
-        return super().read_message()  # type: ignore[no-any-return]
+    # --- reading
+
+    def next_payload(self) -> bytes | None:
+        """Return the payload of the next packet that has come whole, else None; never waits.
+
+        Raises:
+            SSHException: what came is no packet of this connection.
+            InvalidTag: the same, found by AES-GCM.
+        """
+        plain = self._open()
+        if plain is None:
+            return None
+        self.sequence = self.sequence + 1 & 0xFFFF_FFFF
+        if self._allowed:
+            self._count_handshake()
+        payload = plain[1 : len(plain) - plain[0]] if plain else b""
+        if not payload:
+            raise SSHException("a packet without a payload")
+        self._bytes += len(plain) + 20
+        self._packets += 1
+        if self._bytes >= self.REKEY_BYTES or self._packets >= self.REKEY_PACKETS:
+            self._rekey(len(plain))
+        return payload
 
     def trust(self) -> None:
-        """Count no more."""
-        self.__dict__.pop("read_message", None)
+        """Count no more: what comes now, comes from a node that knows us."""
+        self._allowed = 0
 
-    def read_all(self, n: int, check_rekey: bool = False) -> bytes:  # noqa: FBT002  # paramiko's own
-        """Return `n` bytes; a re-key that is due never breaks a read, it waits for the next packet."""
-        if not 0 <= n <= PACKET_LIMIT:
-            raise TooMuch(f"a packet of {n} bytes")
-        return self._wire.read(n)
+    def _count_handshake(self) -> None:
+        self._allowed -= 1
+        if not self._allowed:
+            raise TooMuch(f"more than {HANDSHAKE_PACKETS} packets before the login was done")
+
+    def _rekey(self, size: int) -> None:
+        """Ask for new keys, once; a peer that does not give them for long is not listened to any more."""
+        if not self.need_rekey():
+            self._late_bytes = self._late_packets = 0
+            self._trigger_rekey()
+            return
+        self._late_bytes += size
+        self._late_packets += 1
+        if self._late_packets >= self.REKEY_PACKETS_OVERFLOW_MAX or self._late_bytes >= self.REKEY_BYTES_OVERFLOW_MAX:
+            raise SSHException("the node ignores requests for new keys")
+
+    def _size(self, extra: int) -> int:
+        """Return the length of the packet that begins at the wire's place, if all of it is there, else -1.
+
+        Args:
+            extra: bytes that follow what the length counts.
+        """
+        wire = self._wire
+        at = wire.at
+        if len(wire.ahead) - at < 4:
+            return -1
+        size = int.from_bytes(wire.ahead[at : at + 4], "big")
+        if size > PACKET_LIMIT:
+            raise TooMuch(f"a packet of {size} bytes")
+        return size if at + 4 + size + extra <= len(wire.ahead) else -1
+
+    def _open_plain(self) -> bytes | None:
+        size = self._size(0)
+        if size < 0:
+            return None
+        wire = self._wire
+        at = wire.at + 4
+        wire.at = at + size
+        return wire.ahead[at : wire.at]
+
+    def _open_gcm(self) -> bytes | None:
+        size = self._size(16)
+        if size < 0:
+            return None
+        wire = self._wire
+        ahead, at = wire.ahead, wire.at
+        wire.at = end = at + size + 20
+        nonce = self._nonce + self._count.to_bytes(8, "big")
+        self._count += 1
+        plain: bytes = self._engine.decrypt(nonce, ahead[at + 4 : end], ahead[at : at + 4])
+        return plain
+
+    def _open_etm(self) -> bytes | None:
+        size = self._size(self._mac_size)
+        if size < 0:
+            return None
+        wire = self._wire
+        at, end = wire.at, wire.at + 4 + size
+        wire.at = end + self._mac_size
+        packet = wire.ahead[at:end]
+        self._check(packet, wire.ahead[end : wire.at])
+        plain: bytes = self._engine.update(packet[4:])
+        return plain
+
+    def _open_mac(self) -> bytes | None:
+        """The MAC is of what is encrypted, its length as well: the first block has to be opened to know it."""
+        wire = self._wire
+        if not self._first:
+            if len(wire.ahead) - wire.at < self._block_size:
+                return None
+            end = wire.at + self._block_size
+            self._first = self._engine.update(wire.ahead[wire.at : end])
+            wire.at = end
+        size = int.from_bytes(self._first[:4], "big")
+        rest = size + 4 - len(self._first)
+        if not 0 <= rest <= PACKET_LIMIT:
+            raise TooMuch(f"a packet of {size} bytes")
+        end = wire.at + rest
+        if end + self._mac_size > len(wire.ahead):
+            return None
+        packet: bytes = self._first + self._engine.update(wire.ahead[wire.at : end])
+        self._first = b""
+        wire.at = end + self._mac_size
+        self._check(packet, wire.ahead[end : wire.at])
+        return packet[4:]
+
+    def _check(self, packet: bytes, mac: bytes) -> None:
+        number = (self.sequence + 1 & 0xFFFF_FFFF).to_bytes(4, "big")
+        if not hmac.compare_digest(self._mac_of(number + packet)[: self._mac_size], mac):
+            raise SSHException("Mismatched MAC")
+
+    # --- what paramiko calls when keys change
+
+    def set_inbound_cipher(
+        self,
+        block_engine: Any,
+        block_size: int,
+        mac_engine: Any,
+        mac_size: int,
+        mac_key: bytes,
+        etm: bool = False,  # noqa: FBT002  # paramiko's own
+        aead: bool = False,  # noqa: FBT002
+        iv_in: bytes | None = None,
+    ) -> None:
+        """Take over the keys of what comes from now on."""
+        super().set_inbound_cipher(block_engine, block_size, mac_engine, mac_size, mac_key, etm, aead, iv_in)
+        self._engine, self._block_size, self._mac_size = block_engine, block_size, mac_size
+        self._bytes = self._packets = 0
+        if iv_in is not None:
+            self._nonce, self._count = iv_in[:4], int.from_bytes(iv_in[4:], "big")
+            self._open = self._open_gcm
+        else:
+            self._mac_of = lambda data: hmac.digest(mac_key, data, mac_engine)
+            self._open = self._open_etm if etm else self._open_mac
+
+    def reset_seqno_in(self) -> None:
+        """Count from 0 again: strict key exchange, after NEWKEYS."""
+        super().reset_seqno_in()
+        self.sequence = -1
+
+    # --- sending
 
     def _build_packet(self, payload: bytes) -> bytes:
         """Frame a payload (RFC 4253, 6). paramiko asks the kernel for each packet's padding, and lets go of the GIL."""
@@ -120,7 +266,8 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
             self._random, self._random_at = os.urandom(RANDOM), 0
         start, self._random_at = self._random_at, self._random_at + padding
         head = (len(payload) + padding + 1).to_bytes(4, "big") + bytes((padding,))
-        return head + payload + self._random[start : self._random_at]
+        packet: bytes = head + payload + self._random[start : self._random_at]
+        return packet
 
     def start_handshake(self, timeout: float) -> None:
         """Nothing: paramiko's timer is a thread per connection; ours is the job's deadline."""

@@ -15,8 +15,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ctask.buffers.spill import files
 from ctask.options import Target
+from ctask.transports.ssh import alive
 from ctask.transports.ssh.connection import SshConnection
+from ctask.transports.ssh.reader import Readable, Reader
 from ctask.transports.ssh.transport import Link
 from ctask.transports.watcher import watcher
 
@@ -60,6 +63,7 @@ class ConnectionPool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._reader: Reader | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -69,7 +73,7 @@ class ConnectionPool:
         self._all: dict[SshConnection, None] = {}
         #: those of them without a job, the longest idle first
         self._idle: dict[SshConnection, None] = {}
-        #: every thread of a connection, those in the making included
+        #: every connection that has begun, those in the making included
         self._links: set[Link] = set()
         self._dials = 0
         self._waiters: list[Callable[[], None]] = []
@@ -95,8 +99,9 @@ class ConnectionPool:
             for connection in shelf or ():
                 if connection.dead:
                     continue  # its thread is about to say so
+                if not connection.places:
+                    self._wake(connection)
                 connection.places += 1
-                self._idle.pop(connection, None)
                 if connection.places >= PLACES:
                     self._unshelve(connection)
                 self._reused += connection in self._served
@@ -122,7 +127,7 @@ class ConnectionPool:
         if close:
             connection.close()
         else:
-            self._watch(connection, connection.target.keep)
+            self._watch(connection, connection.idle_since + self._keep_of(connection))
         _call(waiters)
 
     def keep(self, connection: SshConnection, *, alone: bool = False) -> None:
@@ -140,7 +145,7 @@ class ConnectionPool:
                 self._rest(connection)
             waiters = self._take_waiters()
         if connection.kept:
-            self._watch(connection, max(connection.target.keep, _FIRST_JOB))
+            self._watch(connection, connection.idle_since + self._keep_of(connection))
         else:
             connection.close()
         _call(waiters)
@@ -219,13 +224,20 @@ class ConnectionPool:
 
     # --- the lives of connections
 
+    def read(self, fd: int, link: Readable) -> None:
+        """Have the reader look after a connection. Raises as making a thread and descriptors does."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = Reader()
+            self._reader.add(fd, link)
+
     def born(self, link: Link) -> None:
-        """Note a thread that is about to start."""
+        """Note a connection that begins."""
         with self._lock:
             self._links.add(link)
 
     def unborn(self, link: Link) -> None:
-        """Note that it ended before it was a connection."""
+        """Note that it ended before it was one that is kept."""
         with self._lock:
             self._links.discard(link)
 
@@ -239,7 +251,7 @@ class ConnectionPool:
         _call(waiters)
 
     def close_all(self, within: float = 2.0) -> bool:
-        """End every connection, those in the making included, and wait for their threads; False: some are left.
+        """End every connection, those in the making included, and wait for it; False: some are left.
 
         For the process's exit, and for tests that look for leaks.
         """
@@ -252,16 +264,21 @@ class ConnectionPool:
             links = list(self._links)
         for link in links:
             link.close()
-        for link in links:
-            # One that has not started has its thread's own end to come.
-            if link.ident is not None and link is not threading.current_thread():
-                link.join(max(0.0, deadline - time.monotonic()))
-        return not any(link.is_alive() for link in links)
+        while (left := not all(link.over for link in links)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+        return not left
 
     def forget(self) -> None:
         """Forget everything, without a word to anybody: in the child of a fork, where no connection is ours."""
         self._lock = threading.Lock()
         self._clear()
+        if self._reader is not None:
+            self._reader.abandon()
+            self._reader = None
 
     def _retire_those(self, wanted: Callable[[Target], bool]) -> None:
         with self._lock:
@@ -276,6 +293,12 @@ class ConnectionPool:
         """It has no job now; under the lock."""
         connection.idle_since = time.monotonic()
         self._idle[connection] = None
+
+    def _wake(self, connection: SshConnection) -> None:
+        """It has a job again; under the lock."""
+        self._idle.pop(connection, None)
+        if time.monotonic() - connection.idle_since >= alive.STALE:
+            connection.link.doubt = alive.Doubt(connection.link)
 
     def _unshelve(self, connection: SshConnection) -> None:
         shelf = self._roomy.get(connection.target)
@@ -297,33 +320,46 @@ class ConnectionPool:
         waiters, self._waiters = self._waiters, []
         return waiters
 
-    def _watch(self, connection: SshConnection, after: float) -> None:
-        """Have an idle connection looked at; one timer for each, however often it rests."""
+    def _keep_of(self, connection: SshConnection) -> float:
+        """Return for how long it may be idle: a new one gets its time to be taken."""
+        keep = connection.target.keep
+        return keep if connection in self._served else max(keep, _FIRST_JOB)
+
+    def _watch(self, connection: SshConnection, due: float) -> None:
+        """Have a connection looked at by `due`, and at its next beat; one timer for each, however often it rests."""
         now = time.monotonic()
-        if connection.timer and now < connection.timer + _LATE:
-            return
-        connection.timer = now + after
+        interval = connection.target.alive_interval
+        when = due if interval is None else min(due, connection.pulse.at + interval)
+        with self._lock:
+            if connection.timer and now < connection.timer + _LATE and connection.timer <= when:
+                return  # it is looked at before, and then what is due is seen
+            connection.timer = when
+            former, connection.alarm = connection.alarm, None
+        if former is not None:
+            former.cancel()
         # The timer outlives a connection that is lost: it is not to keep it, and all that hangs on it, until then.
         seen = weakref.ref(connection)
 
         def look() -> None:
             found = seen()
             if found is not None:
-                self._expire(found)
+                self._look(found)
 
         try:
-            connection.alarm = watcher().at(connection.timer, look)
+            connection.alarm = watcher().at(when, look)
         except (RuntimeError, OSError):  # no thread or descriptor for a watcher: nothing is kept then
             self.retire(connection)
 
-    def _expire(self, connection: SshConnection) -> None:
-        """Close it if it was idle for long enough, else look again then; the watcher."""
+    def _look(self, connection: SshConnection) -> None:
+        """Close it if it was idle for long enough, ask it if it is in use, and look again later; the watcher."""
         now = time.monotonic()
+        interval = connection.target.alive_interval
         with self._lock:
             connection.timer = 0.0
-            if connection not in self._idle:
-                return  # busy, or gone: it is watched again when it rests
-            due = connection.idle_since + connection.target.keep
+            busy = connection.places > 0
+            if connection not in (self._all if busy else self._idle):
+                return  # it is gone, or about to be
+            due = float("inf") if busy else connection.idle_since + self._keep_of(connection)
             expired = now >= due
             if expired:
                 connection.retired = True
@@ -331,14 +367,17 @@ class ConnectionPool:
                 self._idle.pop(connection)
         if expired:
             connection.close()
-        else:
-            self._watch(connection, due - now)
+            return
+        if interval is not None:
+            connection.pulse.beat(connection.link, now, interval, busy=busy)
+        if due < float("inf") or interval is not None:
+            self._watch(connection, due)
 
 
 def _bound() -> float:
     """Return how many connections and dials there may be together; read anew, since a program may raise its limit."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return float("inf") if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS)
+    return float("inf") if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS - files())
 
 
 def _call(waiters: list[Callable[[], None]]) -> None:

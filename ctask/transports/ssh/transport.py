@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""paramiko's `Transport`, made fit for many connections in one process and many sessions on each.
+"""One SSH connection with its channels, made fit for many connections in one process and many sessions on each.
 
-A `Link` is the connection's thread. What it changes: nobody waits for a re-key (what is to be sent meanwhile
-is parked), the thread never waits for another one that waits for the node, its end is told to every session
-exactly once, and nothing polls.
+The thread that connects reads until the login is done; then the process's reader does, for all connections. "The
+connection's thread" is who reads now. Nobody waits for a re-key (what is to be sent meanwhile is parked), the
+connection's thread never waits for another one that waits for the node, its end is told to every session exactly once,
+and nothing polls.
 
 Guards: `lock` (paramiko's) orders the registering of sessions with `dead`; `clear_to_send_lock` (paramiko's)
 orders sending with the re-key, and what is parked. Both are held for the time of a computation only, since
@@ -15,32 +16,33 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import paramiko
 from paramiko.common import (
-    MSG_CHANNEL_CLOSE,
-    MSG_CHANNEL_DATA,
-    MSG_CHANNEL_EOF,
-    MSG_CHANNEL_EXTENDED_DATA,
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_OPEN_FAILURE,
     MSG_CHANNEL_OPEN_SUCCESS,
-    MSG_CHANNEL_REQUEST,
-    MSG_CHANNEL_SUCCESS,
     MSG_CHANNEL_WINDOW_ADJUST,
+    MSG_GLOBAL_REQUEST,
+    MSG_REQUEST_FAILURE,
+    MSG_REQUEST_SUCCESS,
 )
-from paramiko.message import Message
-from paramiko.ssh_exception import IncompatiblePeer
+from paramiko.ssh_exception import SSHException
 
-from ctask.transports.ssh.mapping import HostKeyChanged, NoCommonAlgorithm, quoted
-from ctask.transports.ssh.packets import Packet, WirePacketizer, differences
+from ctask.transports.ssh.alive import Doubt
+from ctask.transports.ssh.exchange import Exchange
+from ctask.transports.ssh.packets import Packet
+from ctask.transports.ssh.reader import Readable, Reader
 from ctask.transports.ssh.wire import Wire
+
+if TYPE_CHECKING:
+    from paramiko.message import Message
 
 __all__ = ["Link", "OwnChannel"]
 
@@ -48,10 +50,12 @@ _logger = logging.getLogger("ctask.ssh")
 
 #: Messages below are those of transport and key exchange: the only ones that may be sent during a re-key.
 _FIRST_USER_MESSAGE = 50
+_NAME = b"keepalive@openssh.com"
+_KEEPALIVE = bytes((MSG_GLOBAL_REQUEST,)) + len(_NAME).to_bytes(4, "big") + _NAME + b"\1"
 
 
 class OwnChannel(abc.ABC):
-    """What a `Link` asks of a channel of ours, beside the handlers of paramiko's `Channel`."""
+    """What a `Link` asks of a channel of ours."""
 
     __slots__ = ("chanid", "close_sent")
 
@@ -60,6 +64,10 @@ class OwnChannel(abc.ABC):
         self.chanid = -1
         #: CLOSE was sent, or waits for the end of a re-key; guarded by the link's `clear_to_send_lock`
         self.close_sent = False
+
+    @abc.abstractmethod
+    def packet(self, kind: int, payload: bytes) -> None:
+        """A message for it, from WINDOW_ADJUST to FAILURE, with its first five bytes. Connection's thread."""
 
     @abc.abstractmethod
     def confirmed(self, remote: int, window: int, packet: int) -> None:
@@ -73,95 +81,79 @@ class OwnChannel(abc.ABC):
     def lost(self) -> None:
         """The connection is gone. Connection's thread, its last act."""
 
-    def _unlink(self) -> None:
-        # paramiko's own sweep, which comes before the connection is marked as dead: a job told now could find
-        # the same connection again. `lost` follows.
-        return
 
-
-class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
-    """One SSH connection: its thread, its keys and the table of its channels.
+class Link(Exchange):
+    """One SSH connection: the table of its channels, and what is sent on it.
 
     Attributes:
         dead: the connection is gone; set under `lock`, once, by its own thread.
+        over: everybody has been told, and the descriptor is closed.
+        driver: identifier of the thread that reads.
         closed_here: it was ended by `close`.
-        farewell: (code, text) of the server's DISCONNECT; (0, "") where it sent none.
+        verdict: why it was ended by `give_up`.
+        doubt: it rested for so long that it is asked before it is used; set by the pool, settled by who starts on it.
         on_dead: called once, by the thread, after `dead` was set and before the sessions are told.
+        uncounted: a command may run on the node that has no session here any more; once set, it stays.
+        orders: numbers for exec requests, in the order in which they are sent; its thread.
     """
 
-    # GCM is the fastest there is (no MAC of its own); CBC and 3DES are left out for CVE-2023-48795.
-    _preferred_ciphers = (
-        "aes128-gcm@openssh.com",
-        "aes256-gcm@openssh.com",
-        "aes128-ctr",
-        "aes192-ctr",
-        "aes256-ctr",
-    )
-    _preferred_macs = (
-        "hmac-sha2-256-etm@openssh.com",
-        "hmac-sha2-512-etm@openssh.com",
-        "hmac-sha2-256",
-        "hmac-sha2-512",
-    )
-
     def __init__(self, wire: Wire, version: str, name: str, key_types: tuple[str, ...]) -> None:
-        super().__init__(wire, packetizer_class=WirePacketizer)
+        super().__init__(wire, version, key_types)
         self.name = name
-        self.wire = wire
         self.dead = False
+        self.over = False
+        self.driver = threading.get_ident()
         self.closed_here = False
-        self.farewell = (0, "")
+        self.doubt: Doubt | None = None
+        self.verdict: Exception | None = None
         self.on_dead: Callable[[], None] | None = None
-        self._version = version
-        self._waiter: threading.Event | None = None
+        self.uncounted = False
+        self.orders = itertools.count(1)
+        self._fd = wire.fileno()
+        self._reader: Reader | None = None
         self._parked: deque[Callable[[], None]] = deque()
-        self.packetizer.set_log(None)
-        self._preferred_keys = key_types
+        #: whom the answers to our global requests interest, in the order of the questions (RFC 4254 4)
+        self._questions: deque[Callable[[], None]] = deque()
         # A strong map: paramiko's weak one sends CLOSE from whatever thread collects a channel.
         self._channels = _Channels()
-        self.channels_seen: Any = _BelowCounter(self)
-        self._channel_handler_table = _LATE
         self._handler_table[MSG_CHANNEL_OPEN_SUCCESS] = self._opened
         self._handler_table[MSG_CHANNEL_OPEN_FAILURE] = self._open_failed
+        self._handler_table[MSG_REQUEST_SUCCESS] = self._handler_table[MSG_REQUEST_FAILURE] = self._answered
 
     # --- the handshake: the thread that connects
 
     def handshake(self) -> bool:
-        """Start the thread and wait for the first keys; False: the connection ended before them.
-
-        No deadline: shutting the wire ends it.
-
-        Raises:
-            RuntimeError: no thread can be started.
-        """
-        done = self._waiter = threading.Event()
+        """Exchange the first keys; False: the connection ended before them. No deadline: shutting the wire ends it."""
+        self.active = True
         # Our version and KEXINIT leave in one piece, drawn by `_send_kex_init`.
         self.wire.cork()
-        self.start_client(event=done)
-        done.wait()
-        self.completion_event = None
-        # A connection that ended right after them ended in the login, and is told there, as always.
-        return bool(self.initial_kex_done)
+        return self._guarded(self._greet) and self.drive(lambda: self.initial_kex_done)
 
-    def await_event(self, done: threading.Event, ask: Callable[[], None]) -> None:
-        """Call `ask`, and wait for `done` or for the connection's end."""
-        self._waiter = done
-        with contextlib.suppress(EOFError, OSError):  # a dead connection is told by `dead`
-            ask()
-        # The end may have come before `_waiter` was set, and paramiko forgets events of that moment.
-        if self.dead:
-            done.set()
-        done.wait()
+    def drive(self, done: Callable[[], bool]) -> bool:
+        """Read and deal with packets until `done()`; False: the connection ended before. May wait for the node."""
+        return self._guarded(partial(self._drive, done))
 
-    def logged_in(self) -> None:
-        """End the counting of packets: what comes now, comes from a node that knows us."""
-        self._waiter = None
+    def hand_over(self, add: Callable[[int, Readable], None]) -> bool:
+        """Let the reader read from now on, to which `add` gives it; False: the connection has ended.
+
+        Raises:
+            RuntimeError, OSError: there is no thread or descriptor for a reader; the connection is still the caller's.
+        """
         self.packetizer.trust()
+        # What came with the login's last packet would not wake the reader.
+        if not self._guarded(self._deal):
+            return False
+        add(self._fd, self)
+        # Only now is there something to arm. What waited already is asked for here.
+        reader = self._reader
+        if reader is not None:
+            self.wire.attend(lambda out: reader.arm(self._fd, out=out))
+        return True
 
-    @property
-    def preferred_keys(self) -> tuple[str, ...]:
-        """Host key algorithms. Without paramiko's certificates: it accepts them unchecked."""
-        return self._preferred_keys
+    def adopted(self, reader: Reader) -> None:
+        """See `Readable`."""
+        self._reader = reader
+        self.driver = reader.ident or 0
 
     # --- sending
 
@@ -176,6 +168,10 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
     def _enlist(self, channel: OwnChannel) -> None:
         channel.chanid = self._next_channel()
         self._channels.put(channel.chanid, channel)
+
+    def channels(self) -> list[object]:
+        """Return the channels of this moment, paramiko's own included."""
+        return self._channels.values()
 
     def delist(self, channel: OwnChannel) -> None:
         """Forget `channel`; packets for its number are ignored from now on."""
@@ -247,6 +243,27 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         else:
             self._parked.append(what)
 
+    def ask(self, answered: Callable[[], None]) -> None:
+        """Ask the node for a sign of life; `answered` is called with it, or with the end. Any thread, never waits.
+
+        Not by paramiko's `global_request`, all of whose callers share one event.
+        """
+        with contextlib.suppress(EOFError, OSError), self.clear_to_send_lock:
+            self._questions.append(answered)
+            self._send_or_park((_KEEPALIVE,))
+        if self.dead:  # it may have died before the question was noted
+            answered()
+
+    def settle(self) -> bool:
+        """Ask a connection that is in doubt; False: it does not answer, and is given up. May wait; pool."""
+        doubt = self.doubt
+        if doubt is None:
+            return True
+        stands = doubt.stands()
+        if stands:
+            self.doubt = None
+        return stands
+
     def try_open(self, channel: OwnChannel, make: Callable[[], bytes]) -> bool:
         """Enlist `channel` and send the packet that opens it, or return False and have changed nothing.
 
@@ -254,7 +271,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         dispatcher.
         """
         write_lock = self.packetizer.write_lock
-        if not self.clear_to_send.is_set() or not self.lock.acquire(blocking=False):
+        if self.doubt is not None or not self.clear_to_send.is_set() or not self.lock.acquire(blocking=False):
             return False
         try:
             if self.dead or not self.clear_to_send_lock.acquire(blocking=False):
@@ -284,7 +301,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
         # The connection's thread answers packets in the middle of a re-key as well. RFC 4253 7.1 forbids all
         # but transport messages then, and waiting here for the re-key would be waiting for itself.
         if (
-            threading.get_ident() == self.ident
+            threading.get_ident() == self.driver
             and self.initial_kex_done
             and not self.clear_to_send.is_set()
             and data.asbytes()[0] >= _FIRST_USER_MESSAGE
@@ -295,24 +312,70 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
 
     def _send_user_message(self, data: Any) -> None:
         # paramiko's own Channels answer by this in the connection's thread, too.
-        if threading.get_ident() == self.ident:
+        if threading.get_ident() == self.driver:
             self._send_message(data)
         else:
             super()._send_user_message(data)
-            self.wire.flush()
 
     # --- the connection's thread
 
-    def run(self) -> None:
-        """Carry the connection until it ends, then tell everybody."""
+    def readable(self) -> bool:
+        """See `Readable`."""
+        return self._guarded(self._read)
+
+    def writable(self) -> None:
+        """See `Readable`."""
+        self.wire.push()
+
+    def _read(self) -> None:
+        if self.wire.fill_now():
+            self._deal()
+
+    def _deal(self) -> None:
+        """Deal with the packets that have come, then hand on what they brought."""
+        packetizer = self.packetizer
+        if packetizer.need_rekey() and not self.in_kex:
+            self._send_kex_init()
+        channels = self._channels
+        while (payload := packetizer.next_payload()) is not None:
+            kind = payload[0]
+            if MSG_CHANNEL_WINDOW_ADJUST <= kind <= MSG_CHANNEL_FAILURE and not self._expected_packet:
+                channel = channels.get(int.from_bytes(payload[1:5], "big"))
+                if isinstance(channel, OwnChannel):
+                    channel.packet(kind, payload)
+                    continue
+            self._dispatch(payload)
+        self.wire.dry()
+
+    def _guarded(self, step: Callable[[], None]) -> bool:
+        """Carry out a step; whatever it raises ends the connection. Returns whether it lives."""
         try:
-            super().run()
-        finally:
+            step()
+        except Exception as error:  # noqa: BLE001 (a node can make anything in here fail; it is told by `lost`)
+            self.saved_exception = error
+            if not isinstance(error, (EOFError, OSError)):
+                self._log(logging.DEBUG, f"connection ended by {error!r}")
             self._die()
+        return not self.dead
+
+    def _to_channel(self, kind: int, payload: bytes) -> None:
+        number = int.from_bytes(payload[1:5], "big")
+        channel = self._channels.get(number)
+        if isinstance(channel, OwnChannel):
+            channel.packet(kind, payload)
+        elif channel is not None:
+            message = self._message(payload)
+            message.get_int()
+            self._channel_handler_table[kind](channel, message)
+        elif number >= self._channel_counter:
+            raise SSHException(f"a packet for channel {number}, which there never was")
 
     def _die(self) -> None:
         with self.lock:
+            if self.dead:
+                return
             self.dead = True
+            self.active = False
         if self.on_dead is not None:
             self.on_dead()
         for channel in self._channels.values():
@@ -320,64 +383,38 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
                 channel.lost() if isinstance(channel, OwnChannel) else channel._unlink()
             except Exception:  # one job's defect must not keep the others from hearing of their end
                 _logger.exception("a session could not be told that its connection is lost")
+        for event in self.channel_events.values():
+            event.set()  # paramiko's own Channels that wait for their opening
+        while self._questions:
+            self._questions.popleft()()
         try:
             self.wire.dry()
         finally:
             self._parked.clear()
+            if self._reader is not None:
+                self._reader.remove(self._fd)
             self.wire.close()
-            if self._waiter is not None:
-                self._waiter.set()
             self._untie()
+            self.over = True
 
     def _untie(self) -> None:
         """Let go of what leads back here, so that a lost connection is freed at once and not by a later collection."""
         self._handler_table: dict[int, Any] = {}
         self._channels.clear()
-        self.channels_seen = {}
+        self._reader = self.doubt = None
         self.on_dead = None
         if self.saved_exception is not None:
             self.saved_exception.__traceback__ = None
 
-    def _check_banner(self) -> None:
-        # Read and judged already, by the thread that connects: a server that says nothing costs no second
-        # one.
-        self.remote_version = self._version
-
-    def _send_kex_init(self) -> None:
-        super()._send_kex_init()
-        if not self.initial_kex_done:
-            self.wire.uncork()
-
-    def _parse_kex_init(self, m: Message) -> None:
-        try:
-            super()._parse_kex_init(m)
-        except IncompatiblePeer as error:
-            m.rewind()
-            theirs = self._really_parse_kex_init(m)
-            ours = self._really_parse_kex_init(Message(self._latest_kex_init), ignore_first_byte=True)
-            raise NoCommonAlgorithm(differences(ours, theirs) or str(error)) from error
-
-    def _verify_key(self, host_key: bytes, sig: bytes) -> None:
-        old = self.host_key
-        super()._verify_key(host_key, sig)
-        if old is not None and old.asbytes() != self.host_key.asbytes():
-            raise HostKeyChanged("the host key changed in the middle of the connection")
-
     def _parse_newkeys(self, m: Message) -> None:
-        first = not self.initial_kex_done
-        if first:  # a re-key is to show the same key, so it is to use the same algorithm
-            self._preferred_keys = (self.host_key_type,)
         super()._parse_newkeys(m)
         # Nobody parks any more: the flag was set under the lock.
         while self._parked:
             self._parked.popleft()()
 
-    def _parse_debug(self, m: Message) -> None:
-        """Nothing: what a server tells debuggers is not read (paramiko would decode and format it)."""
-
-    def _parse_disconnect(self, m: Message) -> None:
-        code = m.get_int()
-        self.farewell = (code, m.get_string()[:200].decode("utf-8", "replace").strip())
+    def _answered(self, _: Message) -> None:
+        if self._questions:
+            self._questions.popleft()()
 
     def _opened(self, m: Message) -> None:
         channel = self._channels.get(m.get_int())
@@ -398,20 +435,19 @@ class Link(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
             m.rewind()
             super()._parse_channel_open_failure(m)
 
-    def stop_thread(self) -> None:
-        """End the connection; any thread. paramiko's own closes the descriptor under its reader."""
+    def abandon(self) -> None:
+        """End the connection here and now; the thread that connects, which has not handed it over."""
+        self._die()
+
+    def give_up(self, why: Exception) -> None:
+        """End the connection as one that is lost, and for this reason; any thread, never waits."""
+        self.verdict = why
         self.wire.shut()
 
     def close(self) -> None:
         """End the connection; any thread, never waits."""
         self.closed_here = True
         self.wire.shut()
-
-    def _log(self, _: int, msg: Any, *args: Any) -> None:
-        # Never above DEBUG: what ends a connection is told by errors, once, and not by tracebacks on stderr.
-        if _logger.isEnabledFor(logging.DEBUG):
-            for text in msg if isinstance(msg, list) else [str(msg) % args if args else str(msg)]:
-                _logger.debug("%s: %s", self.name, quoted(text, 200))
 
 
 class _Channels(dict[int, Any]):
@@ -428,35 +464,3 @@ class _Channels(dict[int, Any]):
     def values(self) -> list[Any]:  # type: ignore[override]  # a copy: the map changes while it is looped over
         """Return the channels."""
         return list(super().values())
-
-
-class _BelowCounter:
-    """In place of paramiko's dict of all numbers ever used, which grows for as long as a connection lives.
-
-    A packet for a number that was never given ends the connection, one for a number of the past is ignored.
-    """
-
-    __slots__ = ("_link",)
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def __contains__(self, chanid: int) -> bool:
-        return bool(chanid < self._link._channel_counter)
-
-    def __setitem__(self, chanid: int, value: bool) -> None:
-        return
-
-
-#: paramiko's table holds the functions of its own class; these look the handler up on the channel, so that
-#: paramiko's Channels (SFTP, jump hosts) and ours live side by side.
-_LATE: dict[int, Callable[[Any, Message], None]] = {
-    MSG_CHANNEL_SUCCESS: lambda channel, m: channel._request_success(m),
-    MSG_CHANNEL_FAILURE: lambda channel, m: channel._request_failed(m),
-    MSG_CHANNEL_DATA: lambda channel, m: channel._feed(m),
-    MSG_CHANNEL_EXTENDED_DATA: lambda channel, m: channel._feed_extended(m),
-    MSG_CHANNEL_WINDOW_ADJUST: lambda channel, m: channel._window_adjust(m),
-    MSG_CHANNEL_REQUEST: lambda channel, m: channel._handle_request(m),
-    MSG_CHANNEL_EOF: lambda channel, m: channel._handle_eof(m),
-    MSG_CHANNEL_CLOSE: lambda channel, m: channel._handle_close(m),
-}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The socket under one SSH connection: reads ahead, never blocks a sender, and knows when it runs dry.
 
-Runs in every thread that sends, and for reading in one thread only: the one that connects until the version
-line was read, then the connection's.
+Runs in every thread that sends, and for reading in one thread only: the one that connects until the login is done,
+which may wait for the node, then a reader's, which never does.
 
-Guards: what is read belongs to the reading thread; `_backlog`, `_corked` and the closing of the descriptor
+Guards: what is read belongs to the reading thread; `_backlog`, `_corked`, `_armed` and the closing of the descriptor
 are under `_out`, which is held for as long as one `send` that does not block.
 """
 
@@ -17,12 +17,15 @@ import select
 import socket
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 __all__ = ["Flushable", "NoVersion", "Wire", "forget_all"]
 
 #: Bytes asked of the kernel at a time; a read is one system call however many packets it holds.
 READ_AHEAD = 65_536
+#: The same of a flood, once a read was filled. Not always: a buffer of this size costs more than a small read.
+READ_FLOOD = 262_144
 #: Bytes that a server may say before its version line is complete.
 VERSION_LIMIT = 8_192
 #: What may wait for a node that does not read. Standard input waits before it is sent, so these are answers
@@ -58,9 +61,14 @@ class NoVersion(Exception):
 class Wire:
     """A connected socket in the form that paramiko's `Transport` takes.
 
-    `send` takes everything: what the kernel has no room for waits here. Whoever left something waiting looks
-    after it: the connection's thread before it reads on, every other one by `flush`. So no lock above this is
-    ever held while a node makes us wait, and nobody waits for a thread that waits for a node.
+    `send` takes everything: what the kernel has no room for waits here, and is sent by the reader once there is room
+    (before there is one: by the thread that connects, before it reads on). So no lock above this is ever held while
+    a node makes us wait, and nobody waits for a thread that waits for a node.
+
+    Attributes:
+        ahead: what was read and not taken yet, from `at` on; the reading thread's.
+        received: bytes read, ever; the reading thread's.
+        pushed: bytes sent of what had to wait, ever; under `_out`.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -69,12 +77,18 @@ class Wire:
         with contextlib.suppress(OSError):  # a socket pair of a test knows no such option
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
-        self._ahead = b""
-        self._at = 0
+        self.ahead = b""
+        self.at = 0
+        self.received = 0
+        self.pushed = 0
+        self._want = READ_AHEAD  # the reading thread's
         self._marked: list[Flushable] = []
         self._out = threading.Lock()
         self._backlog = bytearray()
         self._corked = False
+        # Has the reader call `push` when there is room, or no more; None before there is a reader.
+        self._arm: Callable[[bool], None] | None = None
+        self._armed = False
         #: of `writable` alone, under `_out`: it is asked once per command
         self._poller: select.poll | None = None
         #: paramiko looks at it as it would at a socket's
@@ -84,7 +98,7 @@ class Wire:
     # --- reading: one thread
 
     def read_version(self) -> bytes:
-        """Return the server's version line without its end; what follows it is kept for `read`.
+        """Return the server's version line without its end; what follows it is kept in `ahead`.
 
         Raises:
             NoVersion: it did not come.
@@ -105,7 +119,7 @@ class Wire:
                 line = bytes(seen[start:end])
                 # Counted to the line's end: packets that came with it do not count.
                 if line.startswith(b"SSH-") and end < VERSION_LIMIT:
-                    self._ahead = bytes(seen[end + 1 :])
+                    self.ahead = bytes(seen[end + 1 :])
                     return line.removesuffix(b"\r")
                 if line.startswith(b"HTTP/"):  # a web server waits for us; whoever else greets has more to say
                     raise NoVersion("other", bytes(seen))
@@ -113,45 +127,48 @@ class Wire:
             if len(seen) >= VERSION_LIMIT:
                 raise NoVersion("limit", bytes(seen[:VERSION_LIMIT]))
 
-    def read(self, size: int) -> bytes:
-        """Return exactly `size` bytes.
+    def fill(self) -> None:
+        """Wait for bytes and add them to `ahead`. The thread that connects.
 
         Raises:
-            EOFError: the connection ended before.
+            EOFError: the connection ended.
             OSError: it broke.
         """
-        at = self._at
-        end = at + size
-        if end <= len(self._ahead):
-            self._at = end
-            return self._ahead[at:end]
-        parts = [self._ahead[at:]]
-        missing = end - len(self._ahead)
-        self._ahead, self._at = b"", 0  # a connection that rests keeps no 64 KiB of the past
-        while missing > 0:
-            chunk = self._receive(max(missing, READ_AHEAD))
-            parts.append(chunk[:missing])
-            self._ahead, self._at = chunk, missing
-            missing -= len(chunk)
-        return b"".join(parts)
-
-    def _receive(self, size: int) -> bytes:
-        # From here on the thread may block: the moment to hand on what has come.
-        if self._marked:
-            self.dry()
         if self._backlog:
             self._push_until_readable()
-        chunk = self._sock.recv(size)
+        self._take_in(self._sock.recv(READ_AHEAD))
+
+    def fill_now(self) -> bool:
+        """Add to `ahead` what has come; False: nothing. A reader.
+
+        Raises:
+            EOFError: the connection ended.
+            OSError: it broke.
+        """
+        try:
+            chunk = self._sock.recv(self._want, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self._want = READ_FLOOD if len(chunk) >= READ_AHEAD else READ_AHEAD
+        self._take_in(chunk)
+        return True
+
+    def _take_in(self, chunk: bytes) -> None:
         if not chunk:
             raise EOFError("the connection was closed")
-        return chunk
+        self.received += len(chunk)
+        at = self.at
+        self.ahead = self.ahead[at:] + chunk if at < len(self.ahead) else chunk
+        self.at = 0
 
     def mark(self, session: Flushable) -> None:
         """Note that `session` has something to hand on; once until it was flushed."""
         self._marked.append(session)
 
     def dry(self) -> None:
-        """Flush everything that was marked."""
+        """Flush everything that was marked: all packets that came have been taken."""
+        if self.at == len(self.ahead):
+            self.ahead, self.at = b"", 0  # a connection that rests keeps no 64 KiB of the past
         marked, self._marked = self._marked, []
         for session in marked:
             session.flush_sink()
@@ -186,10 +203,35 @@ class Wire:
                 self._backlog += memoryview(data)[sent:]
             else:
                 self._backlog += data
+            self._look_for_room()
             if len(self._backlog) > BACKLOG_LIMIT:
                 self.shut()
                 raise OSError(errno.ENOBUFS, "the node does not read what is sent to it")
         return len(data)
+
+    def attend(self, arm: Callable[[bool], None]) -> None:
+        """Have `arm(True)` called, under the lock, when something waits for room, `arm(False)` when nothing does."""
+        with self._out:
+            if not self._closed:
+                self._arm = arm
+                self._look_for_room()
+
+    def _look_for_room(self) -> None:
+        """Under `_out`."""
+        waits = bool(self._backlog) and not self._corked and not self._closed
+        if self._arm is not None and waits != self._armed:
+            self._armed = waits
+            self._arm(waits)
+
+    def push(self) -> None:
+        """Send what waits, as far as there is room."""
+        with self._out:
+            self._push()
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes wait for room. Any thread; of a moment ago."""
+        return len(self._backlog)
 
     def cork(self) -> None:
         """Keep what is sent until `uncork`, so that it leaves in one piece."""
@@ -247,10 +289,13 @@ class Wire:
         """Send of the backlog what goes; under `_out`."""
         if self._backlog and not self._closed:
             try:
-                del self._backlog[: self._send(self._backlog)]
+                sent = self._send(self._backlog)
+                self.pushed += sent
+                del self._backlog[:sent]
             except OSError:
                 # The reading thread will find the connection gone and tells everybody.
                 self._backlog.clear()
+        self._look_for_room()
 
     def _send(self, data: bytes | bytearray) -> int:
         try:
@@ -273,8 +318,13 @@ class Wire:
         self.shut()
         with self._out:
             self._closed = True
+            self._arm = None
             self._backlog.clear()
             self._sock.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor's number."""
+        return self._sock.fileno()
 
     def forget(self) -> None:
         """Close this process's copy of the descriptor and nothing else; after a fork, in the child."""

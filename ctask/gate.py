@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The credit of one task's nodes: whether they may send more, decided where three threads meet.
+
+Connections' threads ask, the dispatcher and the owner count; one lock guards it, under which nobody waits or sends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["AFLOAT", "SHARE", "Gate"]
+
+#: Bytes of a task that may be on their way from the connections' threads to the store.
+AFLOAT = 4 << 20
+#: Bytes of one node that may wait for handlers though the task's limit is passed: it is another that floods.
+SHARE = 256 * 1024
+
+
+class Credited(Protocol):
+    """A session whose credit can be withheld."""
+
+    def give(self) -> None: ...
+
+
+class Gate:
+    """Decides whether nodes may send more.
+
+    Credit is withheld while the owner *delivers* and more than `limit` bytes wait for handlers, from nodes of which
+    more than `SHARE` waits; and from all while more than `AFLOAT` bytes wait to be stored. While the owner does not
+    deliver it is given, so that no wait can deadlock.
+
+    Guarantees: asking, withholding and giving happen under one lock, so that no pause is lost; who was refused is
+    given credit once, by `give`, as soon as the reason is gone.
+
+    `_stored` is written by the dispatcher and `_read` by the owner only; each reads the other's late by a moment,
+    which makes the limit soft, not wrong.
+    """
+
+    def __init__(self, limit: int, give: Callable[[list[Credited]], object]) -> None:
+        self.limit = limit
+        self._give = give
+        self._lock = threading.Lock()
+        # Under the lock: delivering, shut, refused, afloat.
+        self._delivering = False
+        self._shut = False
+        self._refused: dict[Credited, Callable[[], int]] = {}
+        self._afloat = 0
+        self._stored = 0
+        self._read = 0
+
+    def ask(self, session: Credited, unread: Callable[[], int]) -> bool:
+        """May this session's node send more? Connection's thread.
+
+        Args:
+            unread: returns how much of this node waits for handlers.
+        """
+        with self._lock:
+            if self._afloat <= AFLOAT and (not self._shut or unread() < SHARE):
+                return True
+            self._refused[session] = unread
+            return False
+
+    def withholds(self, session: Credited) -> bool:
+        """Whether this session waits for credit. Any thread."""
+        with self._lock:
+            return session in self._refused
+
+    def posted(self, count: int) -> None:
+        """Bytes are on their way to the store. Connection's thread."""
+        with self._lock:
+            self._afloat += count
+
+    def landed(self, count: int) -> None:
+        """They have arrived, or were thrown away. Dispatcher."""
+        with self._lock:
+            self._afloat -= count
+            waiting = self._release()
+        if waiting:
+            self._give(waiting)
+
+    def more(self, count: int) -> None:
+        """So many bytes now wait for handlers. Dispatcher."""
+        self._stored += count
+        if self._stored - self._read > self.limit:
+            with self._lock:
+                self._shut = self._delivering
+
+    def less(self, count: int) -> None:
+        """Handlers have had so many bytes, or never will. Owner."""
+        self._read += count
+        if self._shut and self._stored - self._read <= self.limit // 2:
+            self._open()
+        elif self._refused:
+            self._renew()
+
+    def begin(self) -> None:
+        """The owner delivers. Owner."""
+        with self._lock:
+            self._delivering = True
+            self._shut = self._stored - self._read > self.limit
+
+    def end(self) -> None:
+        """The owner does something else. Owner."""
+        with self._lock:
+            self._delivering = False
+        if self._shut:
+            self._open()
+
+    def _open(self) -> None:
+        with self._lock:
+            self._shut = False
+        self._renew()
+
+    def _renew(self) -> None:
+        with self._lock:
+            waiting = self._release()
+        if waiting:
+            self._give(waiting)
+
+    def _release(self) -> list[Credited]:
+        """Return who may be given credit now; under the lock."""
+        if self._afloat > AFLOAT // 2 or not self._refused:
+            return []
+        waiting = [one for one, unread in self._refused.items() if not self._shut or unread() < SHARE]
+        for session in waiting:
+            del self._refused[session]
+        return waiting

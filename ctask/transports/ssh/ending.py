@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ending of commands on their node: by a script on a second channel of their connection, else by signal requests.
+
+A command has no mark and no wrapper. The script finds it as the K-th of the N that its own parent, the connection's
+process on the node, runs; K and N are counted when the script is asked for, by the thread that sends all requests in
+their order. So commands that end meanwhile make another count, and another script, and those that begin meanwhile
+come after it.
+
+`end` runs in pool threads. `_Words` and what `_Script` overrides run in the connection's thread; the words cross by a
+queue. The connection's `guard` guards how many scripts run. Nothing here waits for the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.resources
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ctask.errors import NodeError, printable
+from ctask.options import Command, Stop
+from ctask.result import Ending, RemoteProcess
+from ctask.transports.base import STDOUT, Session
+from ctask.transports.ssh.channel import SshSession
+from ctask.transports.watcher import watcher
+
+if TYPE_CHECKING:
+    from ctask.transports.ssh.connection import SshConnection
+
+__all__ = ["SCRIPTS", "end"]
+
+#: Scripts at a time on one connection: with the 8 places of the pool, sshd's MaxSessions of 10.
+SCRIPTS = 2
+#: Seconds from the request for a script to its first word; most take 30 ms.
+FIRST_WORD = 1.0
+#: Seconds that one more ending waits for a script to be over; most are by then.
+_TURN = 0.25
+#: How often another script is asked for because the node found another number of commands.
+RECOUNTS = 5
+#: Seconds that a command's output may stay open after a signal ended the command.
+_CLOSED = 0.5
+#: Bytes that are read of a script.
+_WORDS_LIMIT = 65_536
+#: Processes of one session that are told of; the script names as many.
+_PROCESSES = 16
+#: Characters of a name; the kernel has 15, or 63 for its own threads.
+_NAME = 64
+_LONGEST_GRACE = 10_000_000.0
+
+
+def end(
+    connection: SshConnection,
+    sessions: Sequence[SshSession],
+    stop: Stop,
+    within: float,
+    told: Callable[[Session, Ending], None] | None = None,
+) -> dict[Session, Ending]:
+    """End what runs in these sessions; see `base.Connection.end`.
+
+    What the states mean here:
+
+    * `gone`: the script saw nothing left of the session; or the node said of itself how the command ended (what such a
+      command left in the background is its own affair); or it was never sent. By signal requests: the command ended
+      and nothing holds its output open, which is all that the node tells then.
+    * `alive`: `processes` were there when the script last looked, after TERM.
+    * `left`: by the policy `leave`. A command with a terminal is hung up by the server all the same.
+    * `unknown`: the node did not answer, cannot be asked, or shows only a part.
+
+    A process that has left its session (`setsid`) is not ended.
+    """
+    return _Ender(connection, sessions, stop, time.monotonic() + within, told).run()
+
+
+class _Ender:
+    """One call of `end`."""
+
+    def __init__(
+        self,
+        connection: SshConnection,
+        sessions: Sequence[SshSession],
+        stop: Stop,
+        deadline: float,
+        told: Callable[[Session, Ending], None] | None,
+    ) -> None:
+        self._connection = connection
+        self._link = connection.link
+        self._sessions = sessions
+        self._open = list(sessions)
+        self._stop = stop
+        self._deadline = deadline
+        self._told = told
+        self._answers: dict[SshSession, Ending] = {}
+        #: sessions that are closed later, when their KILL is due
+        self._later: list[SshSession] = []
+
+    def run(self) -> dict[Session, Ending]:
+        """End them, by one way or another; returns by the deadline."""
+        for session in self._sessions:
+            session.drop()
+        self._sort()
+        if self._stop.policy == "leave":
+            self._answer_all(Ending("left"))
+        elif self._open:
+            by_signal = self._stop.by == "signal" or self._link.forced_command or self._link.uncounted
+            if by_signal or not self._by_script():
+                self._by_signal()
+        self._answer_all(Ending("unknown"))
+        self._close()
+        return {session: self._answers[session] for session in self._sessions}
+
+    def _sort(self) -> None:
+        """Answer what needs no ending any more, and what cannot be ended."""
+        for session in list(self._open):
+            if session._exited or session.never_ran:
+                self._answer(session, Ending("gone"))
+            elif not session.counts or self._link.dead:
+                self._answer(session, Ending("unknown"))
+
+    def _answer(self, session: SshSession, ending: Ending) -> None:
+        self._open.remove(session)
+        self._answers[session] = ending
+        if ending.state == "gone" and self._told is not None:
+            session.ask_close(gone=True)
+            self._told(session, ending)
+
+    def _answer_all(self, ending: Ending) -> None:
+        for session in list(self._open):
+            self._answer(session, ending)
+
+    def _close(self) -> None:
+        for session, answer in self._answers.items():
+            if session not in self._later:
+                session.ask_close(gone=answer.state == "gone")
+        if any(answer.state != "gone" for answer in self._answers.values()):
+            self._link.uncounted = True
+            self._connection.retire()
+
+    # --- by the script
+
+    def _by_script(self) -> bool:
+        """End by the script; False: it cannot be had, and those that are still open need another way."""
+        for _ in range(1 + RECOUNTS):
+            self._sort()
+            if not self._open:
+                return True
+            script = _Script(self._connection, self._open, self._stop)
+            if not script.ask(min(time.monotonic() + _TURN, self._deadline)):
+                return False
+            answered = self._follow(script.words)
+            if answered is not None:
+                return answered
+        return False
+
+    def _follow(self, words: _Words) -> bool | None:
+        """Take a script's words; True: all has been said, False: it can do nothing, None: ask again."""
+        until = min(time.monotonic() + FIRST_WORD, self._deadline)
+        reports: dict[int, _Report] | None = None
+        recount = False
+        while self._open:
+            try:
+                word = words.next(until)
+            except queue.Empty:
+                self._late(reports)
+                return True
+            if word is None:
+                self._sort()
+                return None if recount else reports is not None
+            verb = word[0]
+            if reports is None:
+                recount = recount or verb == b"recount"
+                if verb == b"ending":
+                    until = self._deadline
+                    reports = {number: _Report(session) for number, session in words.numbers.items()}
+                    self._sort()
+            elif len(word) > 1 and (report := reports.get(_number(word[1]))) and report.session in self._open:
+                final = report.hear(verb, word[2:])
+                if final is not None:
+                    self._answer(report.session, final)
+        return True
+
+    def _late(self, reports: dict[int, _Report] | None) -> None:
+        """The script has not said all in time: say what is known."""
+        if reports is None:
+            # A login shell that hangs, perhaps; sshd itself can still tell the commands to end.
+            for session in self._open:
+                session.signal(b"TERM")
+            return
+        for report in reports.values():
+            if report.session in self._open:
+                self._answer(report.session, report.so_far())
+
+    # --- by signal requests
+
+    def _by_signal(self) -> None:
+        """Ask the server to signal the commands' process groups; only it knows them then."""
+        self._sort()
+        changed = threading.Event()
+        for session in self._open:
+            session.watch(changed.set)
+            session.signal(b"TERM")
+        due = time.monotonic() + min(self._stop.grace, _LONGEST_GRACE)
+        killed = False
+        exits: dict[SshSession, float] = {}
+        while True:
+            changed.clear()
+            now = time.monotonic()
+            self._judge(exits, now)
+            if not self._open or now >= self._deadline:
+                break
+            if now >= due and not killed:
+                if self._stop.policy != "kill":
+                    break
+                killed = True
+                for session in self._open:
+                    session.signal(b"KILL")
+            ends = [self._deadline, *(at + _CLOSED for at in exits.values() if at + _CLOSED > now)]
+            changed.wait(min([*ends, due] if not killed else ends) - now)
+        if self._open and self._stop.policy == "kill" and not killed:
+            self._kill_later(due)
+
+    def _judge(self, exits: dict[SshSession, float], now: float) -> None:
+        """Answer the sessions of which the node will say no more."""
+        for session in list(self._open):
+            if session._exited and session._over:
+                self._answer(session, Ending("unknown" if self._link.dead else "gone"))
+            elif session._exited:
+                if now >= exits.setdefault(session, now) + _CLOSED:
+                    self._answer(session, Ending("unknown"))
+            elif session._over or session._signal_refused or self._link.dead:
+                self._answer(session, Ending("unknown"))
+
+    def _kill_later(self, due: float) -> None:
+        """Have the KILL sent after the grace, if the connection stands by then: it may have other jobs."""
+        sessions = self._later = list(self._open)
+
+        def kill() -> None:
+            for session in sessions:
+                session.signal(b"KILL")
+                session.ask_close()
+
+        try:
+            watcher().at(due, kill)
+        except (RuntimeError, OSError):  # no thread or descriptor for a watcher
+            self._later = []
+
+
+class _Report:
+    """What a script said of one session."""
+
+    def __init__(self, session: SshSession) -> None:
+        self.session = session
+        self._told: int | None = None
+        self._now: list[RemoteProcess] = []
+        self._seen: tuple[RemoteProcess, ...] = ()
+
+    def hear(self, verb: bytes, rest: list[bytes]) -> Ending | None:
+        """Take a word; return the answer if it is the last."""
+        if verb == b"told" and rest:
+            told = _number(rest[0])
+            self._told = told if told >= 0 else None
+        elif verb == b"proc" and len(rest) > 2 and len(self._now) < _PROCESSES:
+            self._now.append(_process(rest))
+        elif verb == b"left":
+            self._seen, self._now = tuple(self._now), []
+        elif verb == b"gone":
+            return Ending("gone", self._told)
+        elif verb == b"alive":
+            return self.so_far()
+        elif verb == b"hidden":
+            return Ending("unknown", self._told)
+        return None
+
+    def so_far(self) -> Ending:
+        """Return what is known without a last word."""
+        return Ending("alive" if self._seen else "unknown", self._told, self._seen)
+
+
+class _Words:
+    """The sink of a script: takes its lines, bounded, and keeps those with the word before them."""
+
+    def __init__(self, script: _Script) -> None:
+        #: K -> session, as they were counted; written before the first word can come
+        self.numbers: dict[int, SshSession] = {}
+        self._script = script
+        self._word = script.word
+        self._lines: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._tail = b""
+        self._room = _WORDS_LIMIT
+        self._ended = False
+
+    def next(self, until: float) -> list[bytes] | None:
+        """Return the next line in parts, without its word; None after the last.
+
+        Raises:
+            queue.Empty: none came by then.
+        """
+        return self._lines.get(timeout=max(0.0, until - time.monotonic()))
+
+    def phase(self, name: str) -> None:
+        """Nothing: the first word tells that it runs."""
+
+    def data(self, stream: int, chunk: bytes) -> None:
+        if stream == STDOUT and self._room > 0:
+            self._tail += chunk[: self._room]
+            self._room -= len(chunk)
+
+    def flush(self) -> None:
+        *lines, self._tail = self._tail.split(b"\n")
+        for line in lines:
+            parts = line.split(None, 6)
+            if len(parts) > 1 and parts[0] == self._word:
+                self._lines.put(parts[1:])
+        if self._ended:
+            self._lines.put(None)
+
+    def may(self, session: Session) -> bool:
+        return self._room > 0
+
+    def writable(self) -> None:
+        self._script.feed()
+
+    def exited(self, status: int | None, signal: str | None) -> None:
+        """Nothing: what counts is what it said."""
+
+    def ended(self, error: NodeError | None) -> None:
+        self._ended = True
+        self._script.release()
+
+
+class _Script(SshSession):
+    """The session of a script. It goes on until it is done, whoever has stopped to listen."""
+
+    __slots__ = ("_connection", "_stop", "_targets", "_unsent", "word", "words")
+
+    def __init__(self, connection: SshConnection, targets: Sequence[SshSession], stop: Stop) -> None:
+        self.word = secrets.token_hex(8).encode()
+        self.words = _Words(self)
+        super().__init__(connection, Command(line=b":", stdin=True), self.words)
+        self._connection = connection
+        self._targets = frozenset(targets)
+        self._stop = stop
+        self._unsent = memoryview(_script())
+        self._starved = True  # so that `writable` is told as soon as the node takes input
+
+    def ask(self, until: float) -> bool:
+        """Ask for the channel; False: too many scripts run until then, or the connection is gone."""
+        over = self._connection.script_over
+        with over:
+            if not over.wait_for(lambda: self._connection.scripts < SCRIPTS, max(0.0, until - time.monotonic())):
+                return False
+            self._connection.scripts += 1
+            self._started = True
+        if not self._link.enlist(self):
+            self.release()
+            return False
+        self._send(self._opening())
+        return True
+
+    def release(self) -> None:
+        """Let another script be asked for."""
+        over = self._connection.script_over
+        with over:
+            self._connection.scripts -= 1
+            over.notify()
+
+    def _send_command(self) -> None:
+        # All requests leave by this thread: what was sent before this one runs before it, and counts.
+        running = [each for each in self._link.channels() if isinstance(each, SshSession) and each.counts]
+        running.sort(key=lambda session: session._committed)
+        numbers = {n: session for n, session in enumerate(running, 1) if session in self._targets}
+        if numbers:
+            self.words.numbers = numbers
+            self._command = Command(line=self._line(numbers, len(running)), stdin=True)
+        else:
+            self.drop()  # they have ended by themselves
+        super()._send_command()
+
+    def _line(self, numbers: dict[int, SshSession], count: int) -> bytes:
+        stop = self._stop
+        grace = round(min(stop.grace, _LONGEST_GRACE) * 100)
+        which = " ".join(map(str, numbers))
+        words = f"exec /bin/sh -s {self.word.decode()} {stop.policy} {grace} {count} {which}"
+        return words.encode()
+
+    def feed(self) -> None:
+        """Send of the script what the node takes, and then the end of input. Connection's thread."""
+        while self._unsent:
+            size = self._claim(len(self._unsent))
+            if size <= 0:
+                return
+            piece, self._unsent = self._unsent[:size], self._unsent[size:]
+            with contextlib.suppress(EOFError, OSError):
+                self._link.send(self, self._input(piece))
+        self.close_stdin()
+
+
+@functools.cache
+def _script() -> bytes:
+    return importlib.resources.files("ctask.transports.ssh").joinpath("end.sh").read_bytes()
+
+
+def _number(text: bytes) -> int:
+    """Return a number that a node says, or -1."""
+    return int(text) if len(text) <= 9 and text.isdigit() else -1
+
+
+def _process(parts: list[bytes]) -> RemoteProcess:
+    """Return the process of a line `PID STATE WCHAN NAME`."""
+    pid, state, waits_in, *name = parts
+    waits_in = b"" if waits_in == b"0" else waits_in
+    return RemoteProcess(_number(pid), _text(b" ".join(name)), _text(state[:1]), _text(waits_in))
+
+
+def _text(raw: bytes) -> str:
+    return printable(raw[:_NAME].decode("utf-8", "backslashreplace"))[:_NAME]
