@@ -37,6 +37,7 @@ class Inbox:
         "_tell",
         "_told",
         "_waiting",
+        "_wider",
         "end",
         "exec_at",
         "first_at",
@@ -54,6 +55,8 @@ class Inbox:
         # Whether the dispatcher wants to hear at once that the command runs.
         self._tell = tell
         self._told = True
+        # By how much the node may send further ahead than at the beginning.
+        self._wider = 0
         self.exec_at: float | None = None
         self.running_at: float | None = None
         self.first_at: float | None = None
@@ -90,6 +93,8 @@ class Inbox:
         """See `Sink`."""
         self.end = error
         self.over = True
+        if self._wider:
+            self._gate.narrow(self._wider)
         self._told = False
 
     def flush(self) -> None:
@@ -108,6 +113,12 @@ class Inbox:
     def may(self, session: Session) -> bool:
         """See `Sink`."""
         return self._gate.ask(session, self._waiting)
+
+    def widen(self, size: int) -> int:
+        """See `Sink`."""
+        size = self._gate.widen(size)
+        self._wider += size
+        return size
 
     def writable(self) -> None:
         """See `Sink`."""

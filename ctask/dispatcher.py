@@ -193,7 +193,7 @@ class Dispatcher:
         post = self._next()
         count = 0
         while post is not None and not self._stopped:
-            self._carry_out(*post)
+            self.carry_out(post[0], post[1], *post[2])
             count += 1
             if count >= BATCH:
                 break
@@ -239,7 +239,8 @@ class Dispatcher:
             deadline.call = None
             call(*args)
 
-    def _carry_out(self, subject: Subject | None, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def carry_out(self, subject: Subject | None, call: Callable[..., object], *args: Any) -> None:
+        """Make a call; what it raises is logged and ends its subject, and nobody else. Dispatcher."""
         try:
             call(*args)
         except Exception as error:

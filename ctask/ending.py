@@ -22,7 +22,7 @@ __all__ = ["ABORT_WITHIN", "SILENT_WITHIN", "TIMEOUT_WITHIN", "WORD_BEFORE", "Ba
 #: Seconds after which an aborted job has its outcome, whatever its node says: callers are promised 2.
 ABORT_WITHIN = 1.7
 #: The same after `connect_timeout`, where exec went unanswered: there is hardly anything to be learned.
-SILENT_WITHIN = 0.8
+SILENT_WITHIN = 0.5
 #: The same after a `timeout`, beyond the grace.
 TIMEOUT_WITHIN = 2.0
 #: Seconds before the promise at which the ending of a session has to say what it knows.

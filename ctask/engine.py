@@ -101,32 +101,26 @@ class Engine:
 
     def _stop_all(self, outcome: Outcome, error: NodeError, within: float, at_most: str) -> None:
         for job in list(self.run.live):
-            self._carry_out(job, job.stop, outcome, error.copy(), within, at_most)
+            self.dispatcher.carry_out(job, job.stop, outcome, error.copy(), within, at_most)
 
     def _close(self) -> None:
         self._closing = True
 
     def _step(self, now: float) -> None:
+        carry_out = self.dispatcher.carry_out
         for action in self.plan.step(now, self._take, self._reserve):
             match action:
                 case Start(job, connection):
-                    self._carry_out(job, job.start, connection, now)
+                    carry_out(job, job.start, connection, now)
                 case Join(job, making):
-                    self._carry_out(job, job.join, making, now)
+                    carry_out(job, job.join, making, now)
                 case Dial(making):
-                    self._carry_out(making, making.dial)
+                    carry_out(making, making.dial)
                 case Shake(making):
-                    self._carry_out(making, making.shake, now)
+                    carry_out(making, making.shake, now)
         self.run.endings.flush()
         if self._closing and not self.run.live:
             self._wind_up()
-
-    def _carry_out(self, subject: Job | ConnectionMaking, call: Callable[..., None], *args: Any) -> None:
-        try:
-            call(*args)
-        except Exception as error:
-            log.exception("carrying out the plan for %r failed", subject)
-            subject.broken(error)
 
     def _take(self, job: Job) -> Connection | None:
         try:

@@ -10,12 +10,15 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["AFLOAT", "SHARE", "Gate"]
+__all__ = ["AFLOAT", "SHARE", "WIDER", "Gate"]
 
 #: Bytes of a task that may be on their way from the connections' threads to the store.
 AFLOAT = 4 << 20
 #: Bytes of one node that may wait for handlers though the task's limit is passed: it is another that floods.
 SHARE = 256 * 1024
+#: Bytes by which the windows of a task may be wider, all together, than they begin. A single node gets what a long way
+#: needs; many at a time bring no more memory than this.
+WIDER = 4 << 20
 
 
 class Credited(Protocol):
@@ -42,11 +45,12 @@ class Gate:
         self.limit = limit
         self._give = give
         self._lock = threading.Lock()
-        # Under the lock: delivering, shut, refused, afloat.
+        # Under the lock: delivering, shut, refused, afloat, wider.
         self._delivering = False
         self._shut = False
         self._refused: dict[Credited, Callable[[], int]] = {}
         self._afloat = 0
+        self._wider = 0
         self._stored = 0
         self._read = 0
 
@@ -61,6 +65,18 @@ class Gate:
                 return True
             self._refused[session] = unread
             return False
+
+    def widen(self, size: int) -> int:
+        """Return by how much a window may grow, at most `size`; to be given back by `narrow`. Connection's thread."""
+        with self._lock:
+            size = min(size, WIDER - self._wider)
+            self._wider += size
+            return size
+
+    def narrow(self, size: int) -> None:
+        """Windows that had grown by `size` are no more. Connection's thread."""
+        with self._lock:
+            self._wider -= size
 
     def withholds(self, session: Credited) -> bool:
         """Whether this session waits for credit. Any thread."""

@@ -181,7 +181,8 @@ class ConnectionMaking(Making["Job"]):
         self._run.plan.over(self)
         error.phase = error.phase or self.where
         for number, job in enumerate(jobs):
-            job.not_connected(error if number == 0 else error.copy())
+            # One whose end raises keeps none of the others from theirs.
+            self._run.dispatcher.carry_out(job, job.not_connected, error if number == 0 else error.copy())
 
     def _made(self, connection: Connection) -> None:
         # Also when nobody waits any more: it stands, and the next one may use it.

@@ -30,7 +30,7 @@ __all__ = ["RecordingSink", "connected", "dial", "open_connection", "run", "star
 class RecordingSink:
     """What one session told, in order; `problems` has what the Protocol does not allow."""
 
-    def __init__(self, *, generous: bool = True) -> None:
+    def __init__(self, *, generous: bool = True, wide: bool = True) -> None:
         self.events: list[str] = []
         self.chunks: list[tuple[int, bytes]] = []
         self.status: int | None = None
@@ -39,6 +39,7 @@ class RecordingSink:
         self.flushes = 0
         self.asked = 0
         self.generous = generous
+        self.wide = wide
         self.problems: list[str] = []
         self.room = threading.Event()
         self._ended = False
@@ -58,6 +59,9 @@ class RecordingSink:
         self.flushes += 1
         if self._ended:
             self._told.set()
+
+    def widen(self, size: int) -> int:
+        return size if self.wide else 0
 
     def may(self, session: Session) -> bool:
         self.asked += 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ctask import mailbox
 from ctask.buffers import STDERR, STDOUT, BufferStore, Capture, Loose, MemoryBudget, Output
-from ctask.gate import AFLOAT, SHARE, Gate
+from ctask.gate import AFLOAT, SHARE, WIDER, Gate
 from ctask.handler import Handlers
 from ctask.mailbox import LONGEST_LINE, Delivery, LineCutter, Mailbox
 
@@ -319,3 +319,11 @@ def test_a_flood_into_a_slow_handler_is_read_to_the_last_byte(monkeypatch: pytes
     finally:
         thread.join()
     assert seen == [99] * 10_000 + [-1]
+
+
+def test_windows_share_what_they_may_be_wider() -> None:
+    gate = Gate(100, give_all)
+    assert gate.widen(WIDER - 10) == WIDER - 10
+    assert [gate.widen(100), gate.widen(100)] == [10, 0]
+    gate.narrow(60)
+    assert gate.widen(100) == 60

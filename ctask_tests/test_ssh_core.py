@@ -16,7 +16,7 @@ from paramiko.common import MSG_CHANNEL_DATA
 
 from ctask.errors import ConnectionLost, ExecRefused, SessionRefused
 from ctask.options import Command
-from ctask.transports.ssh.channel import WINDOW
+from ctask.transports.ssh.channel import WIDEST, WINDOW
 from ctask.transports.ssh.mapping import TooMuch
 from ctask.transports.ssh.packets import WirePacketizer
 from ctask.transports.ssh.transport import Link
@@ -368,6 +368,18 @@ def test_withheld_credit_stops_the_node_at_one_window(sshd: Sshd) -> None:
             session.give()
         assert sink.wait().size == size
         assert session._seen <= session._given
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_window_grows_as_long_as_its_output_is_taken(sshd: Sshd, *, wide: bool) -> None:
+    size = 20_000_000
+    with connected(target_for(sshd.options(), sshd.address(1))) as connection:
+        sink = RecordingSink(wide=wide)
+        session = connection.prepare(Command(line=b"head -c %d /dev/zero" % size), sink)
+        session.start()
+        assert sink.wait(20).size == size
+    assert session._window == (WIDEST if wide else WINDOW)
+    assert session._given - session._seen <= session._window
 
 
 def test_data_beyond_the_window_ends_the_connection(sshd: Sshd) -> None:

@@ -43,6 +43,9 @@ class Sink(Protocol):
         False: credit is withheld; `session.give()` follows later, from another thread.
         """
 
+    def widen(self, size: int) -> int:
+        """Return by how much further ahead the node may send from now on: at most `size` bytes, perhaps none."""
+
     def writable(self) -> None:
         """After a `write` that took less than all: there is room again."""
 

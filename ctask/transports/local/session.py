@@ -196,7 +196,7 @@ class LocalSession:
         self._outputs = dict(ends.outputs)
         self._sink.phase("running")
         self._flush_soon()
-        if self._stdin.attach(self._loop, ends.stdin):
+        if self._stdin.attach(self.loop, ends.stdin):
             self._sink.writable()
         self._await_exit(pid)
         self._listen()
@@ -204,7 +204,7 @@ class LocalSession:
     def _await_exit(self, pid: int) -> None:
         try:
             self._pidfd = os.pidfd_open(pid)
-            self._loop.watch(self._pidfd, select.EPOLLIN, self._look)
+            self.loop.watch(self._pidfd, select.EPOLLIN, self._look)
         except OSError:
             # No such call, no descriptor left, or reaped already: then it is looked at now and then.
             self._close_pidfd()
@@ -227,7 +227,12 @@ class LocalSession:
         return f"{name} could not be started: {_text(error)}"
 
     @property
-    def _loop(self) -> Watcher:
+    def loop(self) -> Watcher:
+        """The watcher that it was begun by. Any thread.
+
+        Raises:
+            RuntimeError: it was not begun.
+        """
         if self._watcher is None:
             raise RuntimeError("a session that was not started has no watcher")
         return self._watcher
@@ -237,7 +242,7 @@ class LocalSession:
     def _listen(self) -> None:
         try:
             for stream, fd in self._outputs.items():
-                self._loop.watch(fd, select.EPOLLIN, partial(self._read, stream))
+                self.loop.watch(fd, select.EPOLLIN, partial(self._read, stream))
         except OSError as error:
             # Nobody could hear it: it must not run on unheard.
             if self._process is not None:
@@ -274,7 +279,7 @@ class LocalSession:
         # Once per turn of the watcher: output, status and end that come together are one post.
         if not self._unflushed:
             self._unflushed = True
-            self._loop.later(self._flush)
+            self.loop.later(self._flush)
 
     def _flush(self) -> None:
         if self._unflushed:
@@ -285,7 +290,7 @@ class LocalSession:
         # `give` comes through the watcher's queue, so never between the sink's no and this.
         self._paused = True
         for fd in self._outputs.values():
-            self._loop.unwatch(fd)  # not `modify`: HUP would be told for ever
+            self.loop.unwatch(fd)  # not `modify`: HUP would be told for ever
 
     def _resume(self) -> None:
         if self._paused:
@@ -294,7 +299,7 @@ class LocalSession:
 
     def _close_output(self, stream: int) -> None:
         fd = self._outputs.pop(stream)
-        self._loop.unwatch(fd)
+        self.loop.unwatch(fd)
         os.close(fd)
 
     # The end.
@@ -328,7 +333,7 @@ class LocalSession:
     def _look_again(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.at(time.monotonic() + self._delay, self._look)
+        self._timer = self.loop.at(time.monotonic() + self._delay, self._look)
         self._delay = min(self._delay * 2, _LOOK)
 
     def _lose(self, cause: ChildProcessError) -> None:
@@ -367,7 +372,7 @@ class LocalSession:
     def _close_pidfd(self) -> None:
         fd, self._pidfd = self._pidfd, None
         if fd is not None:
-            self._loop.unwatch(fd)
+            self.loop.unwatch(fd)
             os.close(fd)
 
     def _end_if_over(self) -> None:

@@ -21,7 +21,7 @@ from ctask.transports.base import Connection, Session, Sink
 from ctask.transports.local.processes import Process, end_sessions, kill_sessions
 from ctask.transports.local.session import LocalSession
 from ctask.transports.local.session import sessions as all_sessions
-from ctask.transports.watcher import watcher
+from ctask.transports.watcher import Watcher, watcher
 
 __all__ = ["LocalConnection", "LocalTransport", "transport"]
 
@@ -174,32 +174,45 @@ class LocalConnection:
                     session.close()
                 else:
                     processes[session] = process
-        whose = {process: session for session, process in processes.items()}
-
-        def over(process: Process, ending: Ending) -> None:
-            if told is not None:
-                session = whose[process]
-                session.wind_up()
-                _after_words(partial(told, session, ending))
-
-        left = max(0.0, until - time.monotonic())
-        ended = end_sessions(tuple(whose), stop, left, watcher().at, broken=broken, over=over)
-        for session, process in processes.items():
-            endings[session] = ended[process]
-            session.wind_up()
         if processes:
-            done = threading.Event()
-            _after_words(done.set)
-            done.wait(TELL)
+            endings |= _end(processes, stop, until, broken, told)
         return endings
 
     def retire(self) -> None:
         """There is no other one to take its place: it goes on."""
 
 
-def _after_words(call: Callable[[], None]) -> None:
+def _end(
+    processes: Mapping[LocalSession, Process],
+    stop: Stop,
+    until: float,
+    broken: threading.Event,
+    told: Callable[[Session, Ending], None] | None,
+) -> dict[Session, Ending]:
+    """End what runs in these sessions; see `LocalConnection.end`."""
+    whose = {process: session for session, process in processes.items()}
+    # That which started them. It may be closed meanwhile, and the exit wants no new one.
+    loop = next(iter(processes)).loop
+
+    def over(process: Process, ending: Ending) -> None:
+        if told is not None:
+            session = whose[process]
+            session.wind_up()
+            _after_words(loop, partial(told, session, ending))
+
+    left = max(0.0, until - time.monotonic())
+    endings = end_sessions(tuple(whose), stop, left, loop.at, broken=broken, over=over)
+    for session in processes:
+        session.wind_up()
+    done, patience = threading.Event(), time.monotonic() + TELL
+    _after_words(loop, done.set)
+    while not done.wait(0.02) and not loop.closed and time.monotonic() < patience:
+        pass
+    return {session: endings[process] for session, process in processes.items()}
+
+
+def _after_words(loop: Watcher, call: Callable[[], None]) -> None:
     """Have `call` called by the watcher when it has told the sinks what it read until now."""
-    loop = watcher()
     loop.call(partial(loop.later, call))
 
 

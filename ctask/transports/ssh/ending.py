@@ -318,6 +318,10 @@ class _Words:
         if self._ended:
             self._lines.put(None)
 
+    def widen(self, size: int) -> int:
+        """What it says is little."""
+        return 0
+
     def may(self, session: Session) -> bool:
         return self._room > 0
 
