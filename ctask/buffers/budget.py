@@ -12,7 +12,7 @@ from collections import deque
 __all__ = ["RESERVE", "MemoryBudget"]
 
 #: Bytes of a large limit that are left to what nobody charges, so that a process grows by no more than its limit: what
-#: is on its way from the nodes (the windows of all that run), what the allocator keeps of it, and the jobs' own records.
+#: is on its way from the nodes (the windows of all that run), what the allocator keeps, and the jobs' own records.
 #: Measured with 1,000 nodes.
 RESERVE = 32 << 20
 
