@@ -482,6 +482,15 @@ def test_f06_a_timeout_ends_the_command_on_its_node(ssh: Task) -> None:
     assert is_well(outcomes(well)[WELL])
 
 
+def test_f11_a_timeout_ends_a_command_with_a_terminal(ssh: Task) -> None:
+    began = time.monotonic()
+    worker = run(ssh, "trap '' TERM HUP; echo $$; exec sleep 60", ["sick", WELL], timeout=0.3, stop_grace=0.3, pty=True)
+    assert 0.6 <= time.monotonic() - began <= 0.3 + 2.0
+    for result in outcomes(worker).values():
+        assert (result.outcome, result.remote_state) == (Outcome.TIMEOUT, "gone")
+        assert not alive(int(result.stdout))
+
+
 @pytest.mark.parametrize(("policy", "state", "lives"), [("kill", "gone", False), ("term", "alive", True)])
 def test_who_ignores_term_on_its_node(ssh: Task, policy: str, state: str, lives: bool) -> None:
     began = time.monotonic()
