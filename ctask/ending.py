@@ -72,12 +72,17 @@ class Batch:
         self._connection = connection
         self._stop = stop
         self._until = until
+        self._turn = [None]
 
     def __repr__(self) -> str:
         return f"<Batch {list(self.jobs.values())}>"
 
     def end(self) -> None:
-        """End them, and tell each job what became of its session. Pool."""
+        """End them, and tell each job what became of its session. Pool, and the thread that closes the engine."""
+        try:
+            self._turn.pop()
+        except IndexError:
+            return  # another thread has come to it first
         told: set[Session] = set()
 
         def tell(session: Session, ending: Ending) -> None:

@@ -7,9 +7,12 @@ never waits, but for `closing`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import resource
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +34,8 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("ctask.engine")
 
+#: Seconds between two looks for what no thread could be had for, at the exit.
+_LOOK_AGAIN = 0.02
 #: Threads that a task's pool may have; they are started on demand, and the plan bounds what it is handed.
 POOL_THREADS = 1024
 
@@ -49,6 +54,7 @@ class Engine:
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
         self._closing = False
+        self._stranded: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._over = False
         self._short_of: Transport | None = None
         self._told_short = False
@@ -87,8 +93,15 @@ class Engine:
         self.dispatcher.post(None, self._close)
 
     def closing(self, timeout: float) -> bool:
-        """Wait for the dispatcher's end after `close()`; return whether it has ended."""
-        return self.dispatcher.join(timeout)
+        """Wait for the dispatcher's end after `close()`; return whether it has ended.
+
+        Meanwhile carry out endings for which no thread could be had: early Pythons 3.12 start none at the exit.
+        """
+        until = time.monotonic() + timeout
+        while (left := until - time.monotonic()) > 0 and not self.dispatcher.join(min(left, _LOOK_AGAIN)):
+            with contextlib.suppress(queue.Empty):
+                self._stranded.get_nowait().end()
+        return self.dispatcher.join(0)
 
     # -- dispatcher ----------------------------------------------------------------------------------------------
 
@@ -218,7 +231,9 @@ class Engine:
         """No thread can be started, or the interpreter ends: whoever waits for this is told."""
         log.debug("%s: not begun: %r", self._name, call, exc_info=error)
         subject = getattr(call, "__self__", None)
-        if isinstance(subject, (Job, ConnectionMaking, Batch)):
+        if isinstance(subject, Batch) and self._closing:
+            self._stranded.put(subject)
+        elif isinstance(subject, (Job, ConnectionMaking, Batch)):
             self.dispatcher.post(subject, subject.broken, error)
 
 
