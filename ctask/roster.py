@@ -31,6 +31,8 @@ class Roster:
         self._started: deque[Worker] = deque()
         self._prune_at = 64
         self._view: list[weakref.ref[Worker]] = []
+        #: how long the view gets before those are taken out that the program has let go of
+        self._look_at = 64
         self._held: list[Worker] = []
         self._view_over = False
         #: a run is under way; the owner's
@@ -55,6 +57,9 @@ class Roster:
             self._prune()
             worker.admission.given = True
             self._started.append(worker)
+            if len(self._view) >= self._look_at:
+                self._view = [one for one in self._view if one() is not None]
+                self._look_at = max(64, 2 * len(self._view))
             self._view.append(weakref.ref(worker))
             if self.running:
                 self._held.append(worker)
