@@ -58,7 +58,7 @@ class Engine:
         self._over = False
         self._short_of: Transport | None = None
         self._told_short = False
-        self.gate = Gate(queue_limit, self._give)
+        self.gate = Gate(queue_limit, self._give, self._later)
         self.mailbox = Mailbox(self.gate)
         self.plan: Plan[Job, ConnectionMaking, Connection]
         self.plan = Plan(fanout, lambda target: ConnectionMaking(self.run, target))
@@ -87,6 +87,10 @@ class Engine:
     def set_fanout(self, fanout: int) -> None:
         """Change the number of slots; what runs goes on."""
         self.dispatcher.post(None, setattr, self.plan, "fanout", fanout)
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have a call made in so many seconds, by the dispatcher."""
+        self.dispatcher.post(None, self._at, seconds, call)
 
     def close(self) -> None:
         """End the threads once the last job has its outcome; submit nothing any more."""
@@ -118,6 +122,9 @@ class Engine:
 
     def _close(self) -> None:
         self._closing = True
+
+    def _at(self, seconds: float, call: Callable[[], None]) -> None:
+        self.dispatcher.at(self.dispatcher.clock() + seconds, None, call)
 
     def _step(self, now: float) -> None:
         carry_out = self.dispatcher.carry_out

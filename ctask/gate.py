@@ -7,15 +7,19 @@ Connections' threads ask, the dispatcher and the owner count; one lock guards it
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["AFLOAT", "SHARE", "WIDER", "Gate"]
+__all__ = ["AFLOAT", "AWAY", "SHARE", "WIDER", "Gate"]
 
 #: Bytes of a task that may be on their way from the connections' threads to the store.
 AFLOAT = 4 << 20
 #: Bytes of one node that may wait for handlers though the task's limit is passed: it is another that floods.
 SHARE = 256 * 1024
+#: Seconds that the owner may be away before credit is given again. A program that waits in a loop, a moment at a time,
+#: is at it all the while; with none, each of its waits lets every node send a window more.
+AWAY = 0.05
 #: Bytes by which the windows of a task may be wider, all together, than they begin. A single node gets what a long way
 #: needs; many at a time bring no more memory than this.
 WIDER = 4 << 20
@@ -31,22 +35,38 @@ class Gate:
     """Decides whether nodes may send more.
 
     Credit is withheld while the owner *delivers* and more than `limit` bytes wait for handlers, from nodes of which
-    more than `SHARE` waits; and from all while more than `AFLOAT` bytes wait to be stored. While the owner does not
-    deliver it is given, so that no wait can deadlock.
+    more than `SHARE` waits; and from all while more than `AFLOAT` bytes wait to be stored. Once the owner has not
+    delivered for `AWAY` it is given, so that no wait can deadlock.
 
     Guarantees: asking, withholding and giving happen under one lock, so that no pause is lost; who was refused is
     given credit once, by `give`, as soon as the reason is gone.
 
     `_stored` is written by the dispatcher and `_read` by the owner only; each reads the other's late by a moment,
     which makes the limit soft, not wrong.
+
+    Args:
+        limit: bytes that may wait for handlers.
+        give: gives sessions the credit that was withheld.
+        later: has a call made in so many seconds, by the dispatcher.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, limit: int, give: Callable[[list[Credited]], object]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        give: Callable[[list[Credited]], object],
+        later: Callable[[float, Callable[[], None]], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limit = limit
         self._give = give
+        self._later = later
+        self._clock = clock
         self._lock = threading.Lock()
-        # Under the lock: delivering, shut, refused, afloat, wider.
+        # Under the lock: delivering, left, watched, shut, refused, afloat, wider.
         self._delivering = False
+        self._left = 0.0
+        self._watched = False
         self._shut = False
         self._refused: dict[Credited, Callable[[], int]] = {}
         self._afloat = 0
@@ -101,7 +121,8 @@ class Gate:
         self._stored += count
         if self._stored - self._read > self.limit:
             with self._lock:
-                self._shut = self._delivering
+                # Where the owner is away, but not for long, it stays as it was.
+                self._shut = self._shut or self._delivering
 
     def less(self, count: int) -> None:
         """Handlers have had so many bytes, or never will. Owner."""
@@ -121,7 +142,21 @@ class Gate:
         """The owner does something else. Owner."""
         with self._lock:
             self._delivering = False
-        if self._shut:
+            self._left = self._clock()
+            watch = self._shut and not self._watched
+            self._watched = self._watched or watch
+        if watch:
+            self._later(AWAY, self._look)
+
+    def _look(self) -> None:
+        """Is the owner still away? Dispatcher."""
+        with self._lock:
+            away = self._shut and not self._delivering
+            left = self._left + AWAY - self._clock() if away else 0.0
+            self._watched = left > 0
+        if left > 0:  # it was here meanwhile
+            self._later(left, self._look)
+        elif away:
             self._open()
 
     def _open(self) -> None:

@@ -31,8 +31,6 @@ class Roster:
         self._started: deque[Worker] = deque()
         self._prune_at = 64
         self._view: list[weakref.ref[Worker]] = []
-        #: how long the view gets before those are taken out that the program has let go of
-        self._look_at = 64
         self._held: list[Worker] = []
         self._view_over = False
         #: a run is under way; the owner's
@@ -57,9 +55,6 @@ class Roster:
             self._prune()
             worker.admission.given = True
             self._started.append(worker)
-            if len(self._view) >= self._look_at:
-                self._view = [one for one in self._view if one() is not None]
-                self._look_at = max(64, 2 * len(self._view))
             self._view.append(weakref.ref(worker))
             if self.running:
                 self._held.append(worker)
@@ -105,13 +100,13 @@ class Roster:
         return done
 
     def _prune(self) -> None:
-        """Let go of what has ended: in front at once, elsewhere each time that their number has doubled."""
+        """Let go of what has ended, and of what the program has: in front at once, else when either has doubled."""
         while self._started and self._started[0].closed:
             self._started.popleft()
-        if len(self._started) >= self._prune_at:
+        if max(len(self._started), len(self._view)) >= self._prune_at:
             self._forget_closed()
             self._view = [ref for ref in self._view if ref() is not None]
-            self._prune_at = max(64, 2 * len(self._started))
+            self._prune_at = max(64, 2 * len(self._started), 2 * len(self._view))
 
     def _forget_closed(self) -> None:
         for _ in range(len(self._started)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from ctask import mailbox
 from ctask.buffers import STDERR, STDOUT, BufferStore, Capture, Loose, MemoryBudget, Output
-from ctask.gate import AFLOAT, SHARE, WIDER, Gate
+from ctask.gate import AFLOAT, AWAY, SHARE, WIDER, Gate
 from ctask.handler import Handlers
 from ctask.mailbox import LONGEST_LINE, Delivery, LineCutter, Mailbox
 
@@ -45,8 +46,31 @@ def give_all(sessions: list[Any]) -> None:
         session.give()
 
 
+class Clock:
+    """The time as a test has it, and the calls that are to be made later."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        self.calls.append((self.now + seconds, call))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        due = [call for when, call in self.calls if when <= self.now]
+        self.calls = [(when, call) for when, call in self.calls if when > self.now]
+        for call in due:
+            call()
+
+
+def gate_of(limit: int, clock: Clock | None = None) -> Gate:
+    clock = clock or Clock()
+    return Gate(limit, give_all, clock.later, lambda: clock.now)
+
+
 def box(limit: int = 1 << 20) -> tuple[Mailbox, Gate]:
-    gate = Gate(limit, give_all)
+    gate = gate_of(limit)
     return Mailbox(gate), gate
 
 
@@ -244,7 +268,8 @@ def test_lines_of_one_node_give_way_to_those_of_others(monkeypatch: pytest.Monke
 
 
 def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
-    gate, session = Gate(100, give_all), Session()
+    clock, session = Clock(), Session()
+    gate = gate_of(100, clock)
     gate.more(200)
     assert gate.ask(session, much), "the owner computes: credit is given"
     gate.begin()
@@ -258,11 +283,37 @@ def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
     gate.more(200)
     assert not gate.ask(session, much)
     gate.end()
+    assert session.given == 1, "a program that waits in a loop is back in a moment"
+    clock.sleep(AWAY)
     assert session.given == 2, "nobody delivers any more"
+    gate.more(200)
+    assert gate.ask(session, much)
+    assert not clock.calls
+
+
+def test_an_owner_who_waits_in_a_loop_is_not_away() -> None:
+    clock, session = Clock(), Session()
+    gate = gate_of(100, clock)
+    gate.begin()
+    gate.more(200)
+    for _ in range(20):
+        assert not gate.ask(session, much)
+        gate.end()
+        clock.sleep(AWAY * 0.4)
+        gate.more(1)
+        gate.begin()
+        clock.sleep(AWAY * 0.4)
+        assert len(clock.calls) <= 1
+    assert session.given == 0
+    gate.end()
+    clock.sleep(AWAY)
+    clock.sleep(AWAY)
+    assert session.given == 1
+    assert not clock.calls
 
 
 def test_a_node_of_which_little_waits_is_not_held_back_by_the_flood_of_another() -> None:
-    gate, quiet, busy = Gate(100, give_all), Session(), Session()
+    gate, quiet, busy = gate_of(100), Session(), Session()
     waits = SHARE
     gate.more(200 + SHARE)
     gate.begin()
@@ -279,7 +330,7 @@ def test_a_node_of_which_little_waits_is_not_held_back_by_the_flood_of_another()
 
 
 def test_credit_is_withheld_while_too_much_is_on_its_way_to_the_store() -> None:
-    gate, session = Gate(100, give_all), Session()
+    gate, session = gate_of(100), Session()
     gate.posted(AFLOAT + 1)
     assert not gate.ask(session, much)
     gate.landed(AFLOAT // 4)
@@ -322,7 +373,7 @@ def test_a_flood_into_a_slow_handler_is_read_to_the_last_byte(monkeypatch: pytes
 
 
 def test_windows_share_what_they_may_be_wider() -> None:
-    gate = Gate(100, give_all)
+    gate = gate_of(100)
     assert gate.widen(WIDER - 10) == WIDER - 10
     assert [gate.widen(100), gate.widen(100)] == [10, 0]
     gate.narrow(60)
