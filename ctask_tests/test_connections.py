@@ -164,11 +164,13 @@ def test_each_command_leaves_a_connection_in_the_making_at_its_own_deadline(
     proxy = fault_proxy(
         (sshd.address(NODE), sshd.port), Rule("down", OnMessage(20), Stall()), Rule("down", OnEvent(go_on), Resume())
     )
-    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address}, fanout=1)
+    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address}, fanout=2)
+    taken_back = task.submit("echo back", nodes=SICK)
+    patient = task.submit("echo patient", nodes=SICK)
+    # Not before it stands still: on a busy machine that takes longer than the short one waits.
+    wait_until(lambda: any(passage.struck for passage in proxy.passages), what="the handshake stands still")
     with takes(0.5):
         short = task.submit("echo short", nodes=SICK, connect_timeout=0.5)
-        taken_back = task.submit("echo back", nodes=SICK)
-        patient = task.submit("echo patient", nodes=SICK)
         assert short.wait(10)
     taken_back.abort()
     assert taken_back.wait(2)

@@ -323,6 +323,7 @@ def test_a_stall_that_ends_in_time_does_no_harm(sshd: Sshd, fault_proxy: ProxyFa
     task = task_for(sshd, sick=through(proxy, sshd.options(via=proxy.endpoint)))
     course = Course(task, [SICK, WELL])
     wait_until(course.worker.futures[WELL].done)
+    wait_until(lambda: any(passage.struck for passage in proxy.passages), what="the handshake stands still")
     assert not course.worker.futures[SICK].done()
     go_on.set()
     assert course.end().sick.ok
