@@ -87,14 +87,19 @@ class Batch:
 
         def tell(session: Session, ending: Ending) -> None:
             job = self.jobs[session]
-            told.add(session)
-            job.run.post(job, job.word, ending)
+            if ending.state == "gone":
+                told.add(session)
+                job.run.post(job, job.word, ending)
+            else:
+                job.run.post(job, job.seen, ending)
 
         try:
             within = max(0.0, self._until - time.monotonic())
             for session, ending in self._connection.end(tuple(self.jobs), self._stop, within, tell).items():
                 if session not in told:
-                    tell(session, ending)
+                    told.add(session)
+                    job = self.jobs[session]
+                    job.run.post(job, job.word, ending)
         except Exception as error:  # noqa: BLE001 (posted)
             for session, job in self.jobs.items():
                 if session not in told:

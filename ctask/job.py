@@ -364,16 +364,20 @@ class Job:
                 error.add(text)
             self._finish(outcome, error)
 
+    def seen(self, ending: Ending) -> None:
+        """What is still there of the session that is to end, before its last word. After the outcome nobody asks."""
+        self.ending = ending
+
     def unended(self, error: Exception) -> None:
         """The ending itself raised: nothing is known of what it was to end."""
         self.promised()
         raise error
 
     def promised(self) -> None:
-        """The caller was promised the outcome by now, and the node has not been heard of."""
+        """The caller was promised the outcome by now, and the node has not said its last word."""
         if self.outcome is None and self._connection is not None:
             self._connection.retire()  # what is still being done there is no later job's business
-        self.word(Ending("unknown"))
+        self.word(self.ending or Ending("unknown"))
 
     def broken(self, error: Exception) -> None:
         """Something in ctask raised while it dealt with this job."""

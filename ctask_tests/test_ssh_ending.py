@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -21,35 +20,19 @@ from ctask.options import Command, Stop
 from ctask.result import Ending
 from ctask.transports.ssh import ending
 from ctask.transports.ssh.mapping import says_forced_command
+from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in, no_process_left
 from ctask_tests.fix_hostile import Await, Out, Script
-from ctask_tests.fix_leaks import process_table, wait_until
+from ctask_tests.fix_leaks import wait_until
 from ctask_tests.real_nodes import takes
 from ctask_tests.ssh_sink import RecordingSink, connected, run, started, target_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from ctask.transports.ssh.channel import SshSession
     from ctask.transports.ssh.connection import SshConnection
     from ctask_tests.fix_hostile import HostileFactory
     from ctask_tests.fix_sshd import Sshd, SshdFactory
-
-KILL = Stop("kill", 0.4)
-TERM = Stop("term", 0.4)
-#: Seconds that an ending may take here at most, however busy the machine is.
-LONG = 8.0
-#: A command that TERM does not end; it forks nothing while it waits.
-STUBBORN = "trap '' TERM; echo $$; exec sleep 60"
-
-
-class Running:
-    """A command that runs, and the processes of which it printed the numbers."""
-
-    def __init__(self, connection: SshConnection, line: str, *, pids: int = 1, pty: bool = False) -> None:
-        self.sink = RecordingSink()
-        self.session: SshSession = started(connection, Command(line=line.encode(), pty=pty), self.sink)
-        wait_until(lambda: self.sink.stdout.count(b"\n") >= pids, what=f"{pids} pids of {line!r}")
-        self.pids = [int(number) for number in self.sink.stdout.split()[:pids]]
 
 
 class Beside(threading.Thread):
@@ -86,34 +69,6 @@ def plain(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshConnection
     monkeypatch.setattr(ending, "FIRST_WORD", LONG)
     with logged_in(sshd, sshd.user) as made:
         yield made
-
-
-@contextlib.contextmanager
-def logged_in(sshd: Sshd, user: str) -> Iterator[SshConnection]:
-    with connected(target_for(sshd.options(), sshd.address(1), user=user)) as made, no_process_left(sshd):
-        made.places += 1  # of another job: else it is closed as soon as it is retired
-        yield made
-
-
-@contextlib.contextmanager
-def no_process_left(sshd: Sshd) -> Iterator[None]:
-    """End what a test let live on the shared server."""
-    yield
-    for pid in sshd.processes():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not sshd.processes(), what="no process of the server's commands")
-
-
-def alive(pids: Iterable[int]) -> set[int]:
-    """Those of these processes that live."""
-    table = process_table()
-    return {pid for pid in pids if pid in table and table[pid].state != "Z"}
-
-
-def end(connection: SshConnection, command: Running, stop: Stop = KILL, within: float = LONG) -> Ending:
-    """End one command."""
-    return connection.end([command.session], stop, within)[command.session]
 
 
 @contextlib.contextmanager
@@ -167,6 +122,42 @@ def test_what_a_command_says_when_it_is_told_to_end_comes_before_the_answer(plai
     answer = end(plain, command, Stop("kill", LONG))
     assert answer.state == "gone"
     assert command.sink.stdout.endswith(b"\nbye\n")
+
+
+def test_the_last_output_may_come_after_the_word_that_the_command_is_gone(
+    plain: SshConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "_LAST_OUTPUT", LONG)
+    command = Running(plain, "trap 'sleep 0.1; echo last; exit' USR1; echo $$; while :; do sleep 0.02; done")
+    early = f'echo "$1 ending"; echo "$1 told 1 1"; echo "$1 gone 1"; kill -s USR1 {command.pids[0]}'
+    monkeypatch.setattr(ending, "_script", f"{early}\n".encode)
+    told: list[tuple[bytes, Ending]] = []
+    plain.end([command.session], KILL, LONG, lambda session, end: told.append((command.sink.stdout[-5:], end)))
+    assert told == [(b"last\n", Ending("gone", 1))]
+
+
+def test_the_end_of_a_command_is_not_that_of_its_children(
+    plain: SshConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Running(plain, "sh -c \"trap '' TERM; echo \\$\\$; exec sleep 60\" & wait")
+    first = ending._Ender._first_word
+
+    def late(ender: ending._Ender, script: ending._Script) -> bytes | None:
+        word = first(ender, script)
+        wait_until(lambda: command.session._exited, what="the end of the command, by the script's TERM")
+        return word
+
+    monkeypatch.setattr(ending._Ender, "_first_word", late)
+    answer = end(plain, command, Stop("term", 0.1))
+    assert (answer.state, [process.pid for process in answer.processes]) == ("alive", command.pids)
+
+
+def test_what_is_still_there_is_told_before_the_last_word(plain: SshConnection) -> None:
+    command = Running(plain, STUBBORN)
+    told: list[Ending] = []
+    plain.end([command.session], KILL, LONG, lambda session, end: told.append(end))
+    assert [each.state for each in told] == ["alive", "gone"]
+    assert [process.pid for process in told[0].processes] == command.pids
 
 
 def test_a_process_that_left_the_session_stays(plain: SshConnection) -> None:
@@ -466,8 +457,9 @@ def test_an_endless_answer_is_not_listened_to(hostile: HostileFactory) -> None:
     server = hostile(Script(steps=(Out(b"x" * 200_000), Await(talking), Out(b"y" * 4_000_000), Await(talking))))
     with connected(target_for(server.options(), server.address)) as connection:
         session = started(connection, Command(line=b"sleep 60"), RecordingSink())
-        with takes(ending.FIRST_WORD):
+        with takes(0.0):
             assert connection.end([session], KILL, LONG)[session].state == "unknown"
+        assert server.seen.requests == ["signal"], "another way was tried"
         talking.set()
 
 

@@ -504,6 +504,28 @@ def test_who_ignores_term_on_its_node(ssh: Task, policy: str, state: str, lives:
     assert is_well(outcomes(run(ssh, "true", ["sick"]))["sick"])
 
 
+def test_survivors_are_named_where_the_promise_comes_before_the_last_word(
+    ssh: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "WORD_BEFORE", -30.0)  # a machine on which the last word is always late
+    worker = ssh.submit(STUBBORN, nodes="sick", stop_grace=30)
+    wait_until(lambda: bool(worker.node_buffer("sick")))
+    job = worker.jobs[0]
+    job.run.post(None, job.stop, Outcome.ABORTED, Aborted(), 1.0)
+    result = outcomes(worker)["sick"]
+    assert (result.outcome, result.remote_state) == (Outcome.ABORTED, "alive")
+    assert result.ending is not None
+    assert [process.pid for process in result.ending.processes] == [int(result.stdout)]
+
+
+def test_what_a_command_left_in_the_background_outlives_its_end_and_the_end_of_others(ssh: Task) -> None:
+    left = int(outcomes(run(ssh, "nohup sleep 60 >/dev/null 2>&1 & echo $!", ["sick"]))["sick"].stdout)
+    doomed = outcomes(run(ssh, "echo $$; nohup timeout 60 sleep 50", ["sick"], timeout=0.2))["sick"]
+    assert (doomed.outcome, doomed.remote_state) == (Outcome.TIMEOUT, "gone")
+    assert not alive(int(doomed.stdout))
+    assert alive(left)
+
+
 def test_what_is_left_runs_on_on_its_node(ssh: Task) -> None:
     with takes(0.2):
         worker = run(ssh, "echo $$; exec sleep 60", ["sick"], timeout=0.2, stop="leave")

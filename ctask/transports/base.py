@@ -117,7 +117,7 @@ class Connection(Protocol):
 
         Args:
             told: called in any thread for a session that is gone, perhaps before the others are: nobody waits for
-                another one's grace.
+                another one's grace. And, with `alive`, for one in which something was seen that is still there.
         """
 
     def retire(self) -> None:

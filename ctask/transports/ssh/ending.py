@@ -19,7 +19,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ctask.errors import NodeError, printable
@@ -36,8 +36,11 @@ __all__ = ["SCRIPTS", "end"]
 
 #: Scripts at a time on one connection: with the 8 places of the pool, sshd's MaxSessions of 10.
 SCRIPTS = 2
-#: Seconds from the request for a script to its first word; most take 30 ms.
+#: Seconds from the request for a script to its first word; most take 30 ms. Then the server is asked to signal. Where
+#: it granted the script, the word is waited for all the same: it is the login shell that takes its time.
 FIRST_WORD = 1.0
+#: Seconds after a command is gone in which the rest of its output may come; most take none.
+_LAST_OUTPUT = 0.25
 #: Seconds that one more ending waits for a script to be over; most are by then.
 _TURN = 0.25
 #: How often another script is asked for because the node found another number of commands.
@@ -71,7 +74,8 @@ def end(
     * `left`: by the policy `leave`. A command with a terminal is hung up by the server all the same.
     * `unknown`: the node did not answer, cannot be asked, or shows only a part.
 
-    A process that has left its session (`setsid`) is not ended.
+    A process that has left its session (`setsid`) is not ended. What sudo, su and runuser run in a session of its own
+    is a part of the command, for they wait for it.
     """
     return _Ender(connection, sessions, stop, time.monotonic() + within, told).run()
 
@@ -95,6 +99,11 @@ class _Ender:
         self._deadline = deadline
         self._told = told
         self._answers: dict[SshSession, Ending] = {}
+        #: those that are gone and may still have something to say, and until when that is waited for
+        self._draining: dict[SshSession, float] = {}
+        #: set when a command or a session ends
+        self._changed = threading.Event()
+        self._words: _Words | None = None
         #: sessions that are closed later, when their KILL is due
         self._later: list[SshSession] = []
 
@@ -102,6 +111,7 @@ class _Ender:
         """End them, by one way or another; returns by the deadline."""
         for session in self._sessions:
             session.drop()
+            session.watch(self._wake)
         self._sort()
         if self._stop.policy == "leave":
             self._answer_all(Ending("left"))
@@ -110,12 +120,24 @@ class _Ender:
             if by_signal or not self._by_script():
                 self._by_signal()
         self._answer_all(Ending("unknown"))
+        while self._draining:
+            self._changed.clear()
+            now = time.monotonic()
+            self._changed.wait(self._drain(now) - now)
         self._close()
         return {session: self._answers[session] for session in self._sessions}
 
-    def _sort(self) -> None:
+    def _wake(self) -> None:
+        """A command or a session has ended. Connection's thread."""
+        self._changed.set()
+        if self._words is not None:
+            self._words.wake()
+
+    def _sort(self, besides: Collection[SshSession] = ()) -> None:
         """Answer what needs no ending any more, and what cannot be ended."""
         for session in list(self._open):
+            if session in besides:
+                continue
             if session._exited or session.never_ran:
                 self._answer(session, Ending("gone"))
             elif not session.counts or self._link.dead:
@@ -124,9 +146,19 @@ class _Ender:
     def _answer(self, session: SshSession, ending: Ending) -> None:
         self._open.remove(session)
         self._answers[session] = ending
-        if ending.state == "gone" and self._told is not None:
-            session.ask_close(gone=True)
-            self._told(session, ending)
+        if ending.state == "gone":
+            # What the command said at last comes by another channel than the word that it is gone.
+            self._draining[session] = min(time.monotonic() + _LAST_OUTPUT, self._deadline)
+
+    def _drain(self, now: float) -> float:
+        """Tell of those that are gone and have said all; return when the next one's time is up."""
+        for session, until in list(self._draining.items()):
+            if session._over or session.never_ran or now >= until:
+                del self._draining[session]
+                session.ask_close(gone=True)
+                if self._told is not None:
+                    self._told(session, self._answers[session])
+        return min(self._draining.values(), default=now)
 
     def _answer_all(self, ending: Ending) -> None:
         for session in list(self._open):
@@ -151,65 +183,102 @@ class _Ender:
             script = _Script(self._connection, self._open, self._stop)
             if not script.ask(min(time.monotonic() + _TURN, self._deadline)):
                 return False
-            answered = self._follow(script.words)
+            answered = self._follow(script)
             if answered is not None:
                 return answered
         return False
 
-    def _follow(self, words: _Words) -> bool | None:
+    def _follow(self, script: _Script) -> bool | None:
         """Take a script's words; True: all has been said, False: it can do nothing, None: ask again."""
-        until = min(time.monotonic() + FIRST_WORD, self._deadline)
-        reports: dict[int, _Report] | None = None
-        recount = False
+        words = self._words = script.words
+        if (first := self._first_word(script)) is None:
+            return True
+        if first != b"ending":
+            self._sort()
+            return None if first == b"recount" else False
+        # What it counted is its own to tell of: the end of a command says nothing of its children that ignore TERM.
+        self._sort(besides=words.numbers.values())
+        reports = {number: _Report(session) for number, session in words.numbers.items()}
         while self._open:
             try:
-                word = words.next(until)
+                word = self._next(words, self._deadline)
             except queue.Empty:
-                self._late(reports)
-                return True
+                break
             if word is None:
                 self._sort()
-                return None if recount else reports is not None
-            verb = word[0]
-            if reports is None:
-                recount = recount or verb == b"recount"
-                if verb == b"ending":
-                    until = self._deadline
-                    reports = {number: _Report(session) for number, session in words.numbers.items()}
-                    self._sort()
-            elif len(word) > 1 and (report := reports.get(_number(word[1]))) and report.session in self._open:
-                final = report.hear(verb, word[2:])
-                if final is not None:
-                    self._answer(report.session, final)
-        return True
-
-    def _late(self, reports: dict[int, _Report] | None) -> None:
-        """The script has not said all in time: say what is known."""
-        if reports is None:
-            # A login shell that hangs, perhaps; sshd itself can still tell the commands to end.
-            for session in self._open:
-                session.signal(b"TERM")
-            return
+                return True
+            if len(word) > 1 and (report := reports.get(_number(word[1]))) and report.session in self._open:
+                self._hear(report, word[0], word[2:])
         for report in reports.values():
             if report.session in self._open:
                 self._answer(report.session, report.so_far())
+        return True
+
+    def _first_word(self, script: _Script) -> bytes | None:
+        """Return `ending`, `recount`, or nothing of use; None: it did not come, or nobody is left to hear it."""
+        until = min(time.monotonic() + FIRST_WORD, self._deadline)
+        recount = signalled = False
+        while self._open:
+            try:
+                word = self._next(script.words, until)
+            except queue.Empty:
+                if signalled:
+                    return None
+                # sshd itself can still tell the commands to end.
+                for session in self._open:
+                    session.signal(b"TERM")
+                if not script._running:
+                    return None  # it is the node that does not answer, and not a slow login shell
+                signalled, until = True, self._deadline
+                continue
+            if word is None:
+                return b"recount" if recount else b""
+            if signalled and not word:
+                for session in list(self._open):
+                    if session._exited and session._over:
+                        self._answer(session, Ending("gone"))
+            elif word[:1] == [b"ending"]:
+                return b"ending"
+            recount = recount or word[:1] == [b"recount"]
+        return None
+
+    def _next(self, words: _Words, until: float) -> list[bytes] | None:
+        """Return the next line of a script, empty where a command ended, and tell meanwhile of those that are gone.
+
+        Raises:
+            queue.Empty: nothing came by then.
+        """
+        while True:
+            now = time.monotonic()
+            due = self._drain(now) if self._draining else until
+            try:
+                return words.next(min(due, until))
+            except queue.Empty:
+                if now >= until:
+                    raise
+
+    def _hear(self, report: _Report, verb: bytes, rest: list[bytes]) -> None:
+        final = report.hear(verb, rest)
+        if final is not None:
+            self._answer(report.session, final)
+        elif verb == b"left" and self._told is not None and report.so_far().state == "alive":
+            self._told(report.session, report.so_far())
 
     # --- by signal requests
 
     def _by_signal(self) -> None:
         """Ask the server to signal the commands' process groups; only it knows them then."""
         self._sort()
-        changed = threading.Event()
         for session in self._open:
-            session.watch(changed.set)
             session.signal(b"TERM")
         due = time.monotonic() + min(self._stop.grace, _LONGEST_GRACE)
         killed = False
         exits: dict[SshSession, float] = {}
         while True:
-            changed.clear()
+            self._changed.clear()
             now = time.monotonic()
             self._judge(exits, now)
+            drained = self._drain(now)
             if not self._open or now >= self._deadline:
                 break
             if now >= due and not killed:
@@ -219,7 +288,9 @@ class _Ender:
                 for session in self._open:
                     session.signal(b"KILL")
             ends = [self._deadline, *(at + _CLOSED for at in exits.values() if at + _CLOSED > now)]
-            changed.wait(min([*ends, due] if not killed else ends) - now)
+            if self._draining:
+                ends.append(drained)
+            self._changed.wait(min([*ends, due] if not killed else ends) - now)
         if self._open and self._stop.policy == "kill" and not killed:
             self._kill_later(due)
 
@@ -291,10 +362,10 @@ class _Words:
         self._lines: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._tail = b""
         self._room = _WORDS_LIMIT
-        self._ended = False
+        self._over = False
 
     def next(self, until: float) -> list[bytes] | None:
-        """Return the next line in parts, without its word; None after the last.
+        """Return the next line in parts, without its word; None after the last that is listened to.
 
         Raises:
             queue.Empty: none came by then.
@@ -315,8 +386,12 @@ class _Words:
             parts = line.split(None, 6)
             if len(parts) > 1 and parts[0] == self._word:
                 self._lines.put(parts[1:])
-        if self._ended:
+        if self._over or self._room <= 0:
             self._lines.put(None)
+
+    def wake(self) -> None:
+        """Have `next` return an empty line."""
+        self._lines.put([])
 
     def widen(self, size: int) -> int:
         """What it says is little."""
@@ -332,7 +407,7 @@ class _Words:
         """Nothing: what counts is what it said."""
 
     def ended(self, error: NodeError | None) -> None:
-        self._ended = True
+        self._over = True
         self._script.release()
 
 
