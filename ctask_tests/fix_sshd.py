@@ -43,6 +43,7 @@ __all__ = [
     "fingerprint",
     "known_hosts_line",
     "make_key",
+    "needs_mounts",
     "write_known_hosts",
 ]
 
@@ -92,7 +93,7 @@ class SshdFactory(Protocol):
     """Start one more server, for this test only; its arguments are those of `Sshd`."""
 
     def __call__(
-        self, *options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1
+        self, *options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1, mounts: str = ""
     ) -> Sshd: ...
 
 
@@ -100,15 +101,20 @@ class Sshd:
     """One sshd, with keys of its own in a folder of its own.
 
     `options` are lines of sshd_config ("MaxSessions 1") that stand before the harness's own; `host_keys` the
-    types of its host keys; `user_keys` how many login keys it accepts. It dies with the thread that began it.
+    types of its host keys; `user_keys` how many login keys it accepts; `mounts` lines of sh that change what the server
+    and its commands see of this machine's files, in a namespace of their own (root only, see `needs_mounts`): `$FOLDER`
+    is the server's folder. It dies with the thread that began it.
 
     Attributes: `port`, `user`; `identity` and `identities` (paths of private keys that are accepted);
     `known_hosts` (path of a file that names all nodes with all host keys); `host_key_lines` ("type base64");
     `folder` (what a test puts there goes away with the server).
     """
 
-    def __init__(self, *options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1) -> None:
+    def __init__(
+        self, *options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1, mounts: str = ""
+    ) -> None:
         self._options = options
+        self._mounts = mounts
         self._key_types = host_keys
         self._key_count = user_keys
         self._process: subprocess.Popen[bytes] | None = None
@@ -303,6 +309,9 @@ class Sshd:
         config = self.folder / "sshd_config"
         config.write_text("\n".join(lines) + "\n")
         command = [program, "-D", "-e", "-f", str(config)]
+        if self._mounts:
+            lines = ["set -e", "FOLDER=$1", "shift", self._mounts, 'exec "$@"']
+            command = ["unshare", "--mount", "--", "sh", "-c", "\n".join(lines), "sh", str(self.folder), *command]
         # By a wrapper and not by preexec_fn, which is not safe (and warned of) beside threads.
         if shutil.which("setpriv") is not None:
             command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
@@ -359,6 +368,18 @@ def find_sshd() -> str:
     return program
 
 
+def needs_mounts(*programs: str) -> None:
+    """Skip the test where a server can have no mounts of its own, or one of these programs is missing."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a server mounts of its own")
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this machine lets nobody unshare its mounts (a container without CAP_SYS_ADMIN?)")
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    for program in programs:
+        if shutil.which(program, path=places) is None:
+            pytest.skip(f"no {program}: tools/setup-test.sh installs it, as root on Debian")
+
+
 def make_key(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> str:
     """Make a key pair at `path` and `path`.pub; return the path of its private half."""
     command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", path.name, "-f", str(path)]
@@ -401,8 +422,10 @@ def sshd_factory() -> Iterator[SshdFactory]:
     """Start servers with options of their own, stopped when the test ends."""
     servers: list[Sshd] = []
 
-    def start(*options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1) -> Sshd:
-        servers.append(Sshd(*options, host_keys=host_keys, user_keys=user_keys))
+    def start(
+        *options: str, host_keys: Sequence[str] = ("ed25519",), user_keys: int = 1, mounts: str = ""
+    ) -> Sshd:
+        servers.append(Sshd(*options, host_keys=host_keys, user_keys=user_keys, mounts=mounts))
         servers[-1].start()
         return servers[-1]
 

@@ -8,6 +8,7 @@ them, as sshd does. Runs in the thread of pytest.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -187,6 +188,14 @@ def test_without_proc_it_asks_ps(nodes: list[Node], tmp_path: Path, shell: list[
     two = make(nodes, tmp_path, SLEEPS, SLEEPS)
     assert two.script(shell, "kill 10 2 1", bare) == ["unsure"]  # ps does not tell which was first
     assert two.alive() == two.pids
+
+
+def test_it_needs_no_pgrep_and_no_children_files() -> None:
+    said = "\n".join(line for line in SCRIPT.splitlines() if not line.lstrip().startswith("#"))
+    assert set(re.findall(r"/proc/[\w$*]*(?:\[0-9\]\*)?/?\w*", said)) <= {
+        "/proc/uptime", "/proc/1/stat", "/proc/$ME/stat", "/proc/[0-9]*/stat", "/proc/$PID/wchan", "/proc/",
+    }
+    assert not re.search(r"\b(pgrep|pkill|pidof|killall)\b", said)
 
 
 def test_a_sleep_without_fractions_will_do(nodes: list[Node], tmp_path: Path) -> None:

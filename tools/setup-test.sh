@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # What the tests need beyond Python: OpenSSH's server, as a program only, and where root runs them an account for
-# the nodes, since a login shell that reads somebody's .bashrc costs time and makes results depend on it.
+# the nodes, since a login shell that reads somebody's .bashrc costs time and makes results depend on it; and, as root,
+# what some nodes have and others have not: sudo, tcsh, fish, busybox.
 # Not root: nothing is changed, and what is missing is said in one line. Does nothing that is done already.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
@@ -25,6 +26,14 @@ install_sshd() {
     return "$done"
 }
 
+# Nothing is set up for them here: the tests' servers have a passwd and a sudoers of their own.
+install_others() {
+    say "installing $*, for the tests' nodes"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -q update
+    apt-get -q install -y --no-install-recommends "$@"
+}
+
 make_account() {
     say "making the account $account for the tests' nodes (/bin/sh, an empty home, no password)"
     skeleton=$(mktemp -d)
@@ -40,6 +49,15 @@ if ! command -v sshd >/dev/null; then
     else
         say "the tests on a real sshd need OpenSSH's server: apt-get install openssh-server (as root)"
     fi
+fi
+
+missing=''
+for program in sudo tcsh fish busybox; do
+    command -v "$program" >/dev/null || missing="$missing $program"
+done
+if [ "$missing" ] && is_root && command -v apt-get >/dev/null; then
+    # shellcheck disable=SC2086 # each is a word
+    install_others $missing || say "they could not be had: the tests that need them are skipped"
 fi
 
 if is_root && command -v sshd >/dev/null; then

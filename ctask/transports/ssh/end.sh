@@ -10,7 +10,8 @@
 # NUMBER... which of them are to end, in the order of their exec requests, from 1 on
 #
 # No command has a mark. All are children of the process that is the connection, as this script is, and lead a
-# session of their own; what a command starts is in its session, unless it leaves that on purpose.
+# session of their own; what a command starts is in its session, unless it leaves that on purpose. What sudo and its
+# like run in sessions of their own, and wait for, is a part of the command all the same (look_inside).
 #
 # It says: `recount N` (it finds N commands), `unsure` (it cannot tell them apart), else `ending` and, of each number,
 # `told NUMBER N` (N processes were told to end), then as often as that changes `proc NUMBER PID STATE WCHAN NAME` of
@@ -37,7 +38,7 @@ ctask_end() {
     find_targets
     say ending
     now
-    PHASE=term END=$((NOW + GRACE)) STEP=2 TOLD=' ' SAID=- BUDGET=400
+    PHASE=term END=$((NOW + GRACE)) STEP=2 TOLD=' ' SAID=- BUDGET=400 INNER=' ' RELAYED=' ' HIDDEN=''
     survey
     term_groups
     while :; do
@@ -52,7 +53,10 @@ ctask_end() {
             PHASE=kill END=$((NOW + 100)) STEP=2
             kill_all
         else
-            for TARGET in $OPEN; do say alive "${TARGET%%:*}"; done
+            for TARGET in $OPEN; do
+                case "$HIDDEN " in *" $TARGET "*) LAST=hidden ;; *) LAST=alive ;; esac
+                say $LAST "${TARGET%%:*}"
+            done
             exit 0
         fi
     done
@@ -133,9 +137,10 @@ find_targets() {
 }
 
 # LEFT: what lives in the sessions, a line each: SESSION PID GROUP STATE NAME; KEY: of that, what is worth telling.
-# False: the look itself failed.
+# What lives in an inner session stands under the one that it belongs to; its group is 0 where TERM comes to it by its
+# runner. False: the look itself failed.
 survey() {
-    FOUND='' SEEN='' FOUND_KEY=''
+    FOUND='' SEEN='' FOUND_KEY='' KEPT=' ' RUNNERS='' OWNERS=' '
     IFS=$LINE_END
     for LINE in $(table "/^[0-9]+ [0-9]+ [0-9]+ ($FILTER) /p" "[0-9]+ -?[0-9]+ ($FILTER)"); do
         IFS=$SPACE
@@ -145,14 +150,46 @@ survey() {
         # The first thread of a process may have ended before the others.
         case $5 in [ZX]) [ "$6" -gt 1 ] || continue ;; esac
         SESSION=$4 PID=$1 GROUP=$3 STATE=$5
+        case $INNER in *" $4:"*)
+            SESSION=${INNER#*" $4:"}
+            SESSION=${SESSION%% *}
+            case $KEPT in *" $4:"*) ;; *) KEPT="$KEPT$4:$SESSION " ;; esac
+            case $RELAYED in *" $4 "*) GROUP=0 ;; esac
+            ;;
+        esac
         shift 7
+        case $* in sudo | su | runuser) RUNNERS="$RUNNERS|$PID" OWNERS="$OWNERS$PID:$SESSION " ;; esac
         FOUND="$FOUND$SESSION $PID $GROUP $STATE $*$LINE_END"
         case $STATE in [RS]) FOUND_KEY="$FOUND_KEY $PID" ;; *) FOUND_KEY="$FOUND_KEY $PID$STATE" ;; esac
     done
     IFS=$SPACE
     # Who does not see himself has seen nothing: no process could be started, perhaps.
     [ "$SEEN" ] || return 1
-    LEFT=$FOUND KEY=$FOUND_KEY
+    LEFT=$FOUND KEY=$FOUND_KEY INNER=$KEPT
+    look_inside && survey
+    return 0
+}
+
+# Some programs run a command in a session of its own, wait for it, and hand on the TERM that they get: sudo where it has
+# a terminal, su and runuser with a command. INNER: these sessions, as NUMBER:SESSION to which it belongs;
+# RELAYED: those whose runner lives. A second TERM would mean "at once" to some commands. True: there are new ones.
+look_inside() {
+    RELAYED=' ' NEW=''
+    [ "$RUNNERS" ] || return 1
+    RUNNERS=${RUNNERS#|}
+    IFS=$LINE_END
+    for LINE in $(table "/^[0-9]+ ($RUNNERS) /p" "($RUNNERS)"); do
+        IFS=$SPACE
+        set -- $LINE
+        [ "$1" = "$4" ] || continue
+        case $5 in [ZX]) [ "$6" -gt 1 ] || continue ;; esac
+        RELAYED="$RELAYED$1 "
+        case $INNER in *" $1:"*) continue ;; esac
+        OWNER=${OWNERS#*" $2:"}
+        INNER="$INNER$1:${OWNER%% *} " FILTER="$FILTER|$1" NEW=yes
+    done
+    IFS=$SPACE
+    [ "$NEW" ]
 }
 
 # The first TERM: a group gets it at once, and none of its processes a second one.
@@ -164,6 +201,7 @@ term_groups() {
     for LINE in $LEFT; do
         IFS=$SPACE
         set -- $LINE
+        [ "$3" != 0 ] || continue
         TOLD="$TOLD$2 "
         [ "$1" = "$3" ] || kill -s TERM "$2"
     done
@@ -184,12 +222,13 @@ count() {
     IFS=$SPACE
 }
 
-# TERM to what was started since.
+# TERM to what was started since, or whose runner has gone.
 term_new() {
     IFS=$LINE_END
     for LINE in $LEFT; do
         IFS=$SPACE
         set -- $LINE
+        [ "$3" != 0 ] || continue
         case $TOLD in *" $2 "*) continue ;; esac
         TOLD="$TOLD$2 "
         kill -s TERM "$2"
@@ -198,6 +237,9 @@ term_new() {
 }
 
 kill_all() {
+    for TARGET in $HIDDEN; do
+        kill -s KILL -- "-${TARGET#*:}"
+    done
     IFS=$LINE_END
     for LINE in $LEFT; do
         IFS=$SPACE
@@ -209,24 +251,28 @@ kill_all() {
 
 # Say what changed, and leave what is gone out of OPEN.
 settle() {
-    [ "$KEY" != "$SAID" ] || return 0
-    SAID=$KEY STILL='' FILTER=$ME
+    [ "$KEY" != "$SAID" ] || [ "$HIDDEN" ] || return 0
+    STILL='' FILTER=$ME HIDDEN=''
     for TARGET in $OPEN; do
         count "${TARGET#*:}"
         if [ $N -gt 0 ]; then
             # Only of these: the number of a session that is gone may be another's a moment later.
             STILL="$STILL $TARGET" FILTER="$FILTER|${TARGET#*:}"
             # Who says too much is not listened to, and would wait here in the end.
-            [ $BUDGET -gt 0 ] || continue
+            [ $BUDGET -gt 0 ] && [ "$KEY" != "$SAID" ] || continue
             describe "${TARGET%%:*}" "${TARGET#*:}"
             say left "${TARGET%%:*}" $N
         elif hidden "${TARGET#*:}"; then
-            say hidden "${TARGET%%:*}"
+            # Perhaps not for long.
+            STILL="$STILL $TARGET" FILTER="$FILTER|${TARGET#*:}" HIDDEN="$HIDDEN $TARGET"
         else
             say gone "${TARGET%%:*}"
         fi
     done
-    OPEN=$STILL
+    OPEN=$STILL SAID=$KEY
+    for TARGET in $INNER; do
+        FILTER="$FILTER|${TARGET%%:*}"
+    done
 }
 
 # At most 16 processes of a session.
@@ -248,8 +294,12 @@ describe() {
 # Whether something is left in the group of a session, of another user and kept from our eyes (hidepid).
 hidden() {
     [ ! -r /proc/1/stat ] || return 1
-    case $(kill -s 0 -- "-$1" 2>&1) in *ermitted*) return 0 ;; esac
-    return 1
+    if SAYS=$(kill -s 0 -- "-$1" 2>&1); then
+        # We may signal it (sudo lets its caller do that); or it is a dead one of our own.
+        [ -z "$(table "/^[0-9]+ [0-9]+ $1 /p" "[0-9]+ $1")" ]
+    else
+        case $SAYS in *ermitted*) return 0 ;; *) return 1 ;; esac
+    fi
 }
 
 ctask_end "$@"
