@@ -135,6 +135,29 @@ sys.exit(5)
         assert child.errors() == ""
 
 
+def test_b03_a_resolver_that_hangs_holds_neither_the_run_nor_the_exit() -> None:
+    program = """
+import socket
+socket.getaddrinfo = lambda *_, **__: time.sleep(600)
+began = time.monotonic()
+try:
+    task.run("true", nodes="hangs", deadline=0.3)
+except TaskTimeout:
+    say("raised", time.monotonic() - began)
+worker = task.run("true", nodes="hangs", connect_timeout=0.2)
+(result,) = worker.results()
+say(type(result.error).__name__, result.phase, result.outcome.name)
+say("leaving", time.monotonic())
+"""
+    with Child(program) as child:
+        assert 0.3 <= float(child.expect("raised")) < 1.3
+        assert child.line() == "ResolveError resolve UNREACHED"
+        left = float(child.expect("leaving"))
+        assert child.end() == 0
+        assert time.monotonic() - left < 2.5, "promised: 2 s"
+        assert child.errors() == ""
+
+
 # -- H09 -------------------------------------------------------------------------------------------------------------
 
 #: What is going on when Ctrl-C comes, in run().

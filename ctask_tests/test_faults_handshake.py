@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that break on their way to a command's end (faults B06, B07, B14): the phase, and what had run.
+"""Connections that break on their way to a command's end (faults B06, B07, B11, B14): the phase, and what had run.
 
 Runs in the thread of pytest, over the public Task API: a broken node beside a healthy one on a real sshd.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ctask_tests.fix_banner import BannerServerFactory
     from ctask_tests.fix_hostile import HostileFactory, HostileServer
     from ctask_tests.fix_proxy import FaultProxy, ProxyFactory
-    from ctask_tests.fix_sshd import Sshd
+    from ctask_tests.fix_sshd import Sshd, SshdFactory
     from ctask_tests.proxy_lanes import When
 
 
@@ -271,6 +271,22 @@ def test_b07_a_command_on_a_kept_connection_is_not_sent_again(sshd: Sshd, hostil
     assert (first.outcome, second.outcome) == (Outcome.EXITED, Outcome.LOST)
     assert second.stdout == b"half a li"
     assert (server.connections, len(server.seen.commands)) == (1, 2)
+
+
+# --- B11: the server's patience with a login
+
+
+@pytest.mark.slow  # sshd's shortest LoginGraceTime is 1 s
+def test_b11_a_login_that_takes_longer_than_the_server_waits_is_a_loss_in_auth(
+    sshd: Sshd, sshd_factory: SshdFactory, fault_proxy: ProxyFactory
+) -> None:
+    strict = sshd_factory("LoginGraceTime 1")
+    proxy = fault_proxy((strict.address(2), strict.port), Rule("up", OnMessage(21, after=True), Stall()))
+    with takes(0.9):
+        sick = beside(sshd, through(proxy, strict.options(via=proxy.endpoint)), connect_timeout=10).sick
+    assert (type(sick.error), sick.phase) == (ConnectionLost, "auth")
+    assert (sick.outcome, sick.rc, sick.ran) == (Outcome.UNREACHED, 255, False)
+    assert proxy.connections == 1
 
 
 # --- B14, and the same silence in every later phase

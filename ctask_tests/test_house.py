@@ -9,9 +9,11 @@ exempt.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -299,6 +301,18 @@ def test_every_source_file_names_its_license() -> None:
         if "# SPDX-License-Identifier: Apache-2.0" not in path.read_text(encoding="utf-8").splitlines()[:2]
     ]
     assert naked == []
+
+
+def test_the_table_of_faults_names_tests_that_there_are() -> None:
+    table = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [BFH]\d\d \|.*$", table, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(test_\w+\.py)::(test_\w+\*?)`", row)]
+    assert len(rows) > 30
+    assert all("`test_" in row or "not yet: " in row for row in rows)
+    for file, name in named:
+        source = (ROOT / "ctask_tests" / file).read_text(encoding="utf-8")
+        tests = re.findall(r"^ *def (test_\w+)", source, re.MULTILINE)
+        assert any(fnmatchcase(test, name) for test in tests), f"{file}::{name}"
 
 
 SAMPLES = [

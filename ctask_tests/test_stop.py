@@ -187,6 +187,21 @@ def test_the_word_comes_before_the_promise(task: Task) -> None:
     assert 6.0 < end.within < 7.0, "the node has its grace of 5 s, and 2 s"
 
 
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_f09_a_wall_clock_that_is_set_ends_nothing_early_or_late(
+    task: Task, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    wall, began = time.time, time.monotonic()
+    with FakeTransport(nodes(HANGS, n2=says(b"on time\n", after=0.2))):
+        monkeypatch.setattr(time, "time", lambda: wall() + jump * (time.monotonic() > began + 0.1))
+        with takes(0.4):
+            found = outcomes(task.submit("x", nodes="n[1-2]", timeout=0.4))
+        with takes(0.3), pytest.raises(TaskTimeout):
+            task.run("x", nodes="n1", deadline=0.3)
+    assert (found["n1"].outcome, found["n2"].outcome) == (Outcome.TIMEOUT, Outcome.EXITED)
+    assert 0.2 <= found["n2"].timings.total < 0.4
+
+
 def test_an_abort_waits_for_no_word(task: Task) -> None:
     with FakeTransport(nodes(HANGS), end_after=60) as fake:
         worker = hanging(task)
