@@ -87,19 +87,21 @@ class Batch:
 
         def tell(session: Session, ending: Ending) -> None:
             job = self.jobs[session]
+            told.add(session)
+            job.run.post(job, job.word, ending)
+
+        def hear(session: Session, ending: Ending) -> None:
+            job = self.jobs[session]
             if ending.state == "gone":
-                told.add(session)
-                job.run.post(job, job.word, ending)
+                tell(session, ending)
             else:
                 job.run.post(job, job.seen, ending)
 
         try:
             within = max(0.0, self._until - time.monotonic())
-            for session, ending in self._connection.end(tuple(self.jobs), self._stop, within, tell).items():
+            for session, ending in self._connection.end(tuple(self.jobs), self._stop, within, hear).items():
                 if session not in told:
-                    told.add(session)
-                    job = self.jobs[session]
-                    job.run.post(job, job.word, ending)
+                    tell(session, ending)
         except Exception as error:  # noqa: BLE001 (posted)
             for session, job in self.jobs.items():
                 if session not in told:

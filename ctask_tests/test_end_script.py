@@ -154,6 +154,19 @@ def test_it_takes_every_process_of_the_session(nodes: list[Node], tmp_path: Path
     assert not [each for each in table.values() if each.name in {"timeout", "sleep"} and each.parent == node.pids[0]]
 
 
+def test_what_su_waits_for_is_a_part_of_the_command(nodes: list[Node], tmp_path: Path, shell: list[str]) -> None:
+    su = tmp_path / "su"
+    shutil.copy(shutil.which("dash") or shutil.which("sh") or "", su)
+    # By the name: what another shell starts so has left on purpose.
+    inner = quoted(f"setsid sh -c {quoted(STUBBORN)} & wait")
+    node = make(nodes, tmp_path, f"exec {su} -c {inner}")
+    said = node.script(shell, "kill 30 1 1")
+    assert said[:2] == ["ending", "told 1 2"]
+    assert {line.split()[2] for line in said if line.startswith("proc")} >= {str(node.pids[0])}
+    assert said[-1] == "gone 1"
+    assert node.alive() == []
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_commands_ends_none(
     nodes: list[Node], tmp_path: Path, shell: list[str], count: int

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ctask.options import Command, Stop
-from ctask.result import Ending
+from ctask.result import Ending, RemoteProcess
 from ctask.transports.ssh import ending
 from ctask.transports.ssh.mapping import says_forced_command
 from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in, no_process_left
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from ctask.transports.ssh.connection import SshConnection
     from ctask_tests.fix_hostile import HostileFactory
     from ctask_tests.fix_sshd import Sshd, SshdFactory
+
+
+#: What a node says of a process that cannot be killed.
+STUCK = RemoteProcess(7, "df", "D", "x")
 
 
 class Beside(threading.Thread):
@@ -470,11 +474,12 @@ def test_an_endless_answer_is_not_listened_to(hostile: HostileFactory) -> None:
         ('echo "$1 unsure"', 1, Ending("gone")),
         ("exit 127", 1, Ending("gone")),
         ('echo "$1 ending"', 1, Ending("unknown")),
+        ('echo "$1 ending"; echo "$1 proc 1 7 D x df"; echo "$1 left 1 1"', 1, Ending("alive", None, (STUCK,))),
         ('echo "$1 ending"; echo "$1 gone 2"; echo "$1 gone x"; echo "$1 gone"', 1, Ending("unknown")),
         ('echo "$1 gone 1"; echo "$1 ending"; echo "$1 told 1 5"; echo "$1 hidden 1"', 1, Ending("unknown", 5)),
         ('echo "gone 1"; echo "$1 ending"; echo "$1x gone 1"', 1, Ending("unknown")),
     ],
-    ids=["recount", "unsure", "no-shell", "breaks-off", "other-numbers", "hidden", "other-words"],
+    ids=["recount", "unsure", "no-shell", "breaks-off", "saw-one", "other-numbers", "hidden", "other-words"],
 )
 def test_what_a_script_says_is_taken_word_by_word(
     plain: SshConnection, monkeypatch: pytest.MonkeyPatch, answer: str, scripts: int, ending_told: Ending

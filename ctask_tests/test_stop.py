@@ -483,8 +483,9 @@ def ssh(sshd: Sshd) -> Iterator[Task]:
     task = task_of(sshd)
     task.node_options("sick", address=sshd.address(2))
     yield task
-    for pid in sshd.processes():  # what is left on purpose
-        os.kill(pid, signal.SIGKILL)
+    for pid in sshd.processes():  # what is left on purpose, and a script that is at work on it
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_f06_a_timeout_ends_the_command_on_its_node(ssh: Task) -> None:

@@ -205,13 +205,12 @@ class _Ender:
             except queue.Empty:
                 break
             if word is None:
-                self._sort()
-                return True
+                break
             if len(word) > 1 and (report := reports.get(_number(word[1]))) and report.session in self._open:
                 self._hear(report, word[0], word[2:])
         for report in reports.values():
             if report.session in self._open:
-                self._answer(report.session, report.so_far())
+                self._answer(report.session, Ending("unknown") if self._link.dead else report.so_far())
         return True
 
     def _first_word(self, script: _Script) -> bytes | None:
