@@ -32,7 +32,7 @@ ACCOUNTS = f"""
 mkdir -m 700 "$FOLDER/home"
 chown {ACCOUNT} "$FOLDER/home"
 ln -s "$(command -v busybox || echo /none)" "$FOLDER/ash"
-printf '#!/bin/sh\\n[ ! -e "%s/wait" ] || sleep 0.4\\nexec /bin/sh "$@"\\n' "$FOLDER" >"$FOLDER/slow"
+printf '#!/bin/sh\\n[ ! -e "%s/wait" ] || sleep 0.3\\nexec /bin/sh "$@"\\n' "$FOLDER" >"$FOLDER/slow"
 chmod 755 "$FOLDER/slow"
 {{
     cat /etc/passwd
@@ -154,6 +154,7 @@ def test_what_sudo_runs_and_the_account_may_not_signal_is_told(
         assert connection.retired
 
 
+@pytest.mark.slow
 def test_root_ends_what_sudo_runs_behind_a_terminal_of_its_own(node: Sshd) -> None:
     needs_mounts("sudo")
     with logged_in(node, "root") as connection:
@@ -169,10 +170,10 @@ def test_root_ends_what_sudo_runs_behind_a_terminal_of_its_own(node: Sshd) -> No
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's sshd lets root in")
-@pytest.mark.parametrize("command", ["su ctask-node -s /bin/sh", "runuser ctask-node -s /bin/sh"])
-def test_root_ends_what_su_runs_in_a_session_of_its_own(sshd: Sshd, command: str) -> None:
+def test_root_ends_what_su_runs_in_a_session_of_its_own(sshd: Sshd) -> None:
     with logged_in(sshd, "root") as connection:
-        stubborn = Running(connection, f"{command} -c 'trap \"\" TERM HUP; echo $$; sleep 60 & wait; wait'")
+        line = "trap \"\" TERM HUP; echo $$; sleep 60 & wait; wait"
+        stubborn = Running(connection, f"su {ACCOUNT} -s /bin/sh -c '{line}'")
         answer = end(connection, stubborn, KILL)
         assert answer.state == "gone"
         assert answer.ended == 3

