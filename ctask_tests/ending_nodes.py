@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
+
+import pytest
 
 from ctask.options import Command, Stop
 from ctask_tests.fix_leaks import process_table, wait_until
+from ctask_tests.fix_sshd import no_process_left
 from ctask_tests.ssh_sink import RecordingSink, connected, started, target_for
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from ctask.transports.ssh.connection import SshConnection
     from ctask_tests.fix_sshd import Sshd
 
-__all__ = ["KILL", "LONG", "STUBBORN", "TERM", "Running", "alive", "end", "logged_in", "no_process_left"]
+__all__ = ["KILL", "LONG", "STUBBORN", "TERM", "Running", "alive", "end", "logged_in", "needs_mounts"]
 
 KILL = Stop("kill", 0.4)
 TERM = Stop("term", 0.4)
@@ -50,16 +54,6 @@ def logged_in(sshd: Sshd, user: str) -> Iterator[SshConnection]:
         yield made
 
 
-@contextlib.contextmanager
-def no_process_left(sshd: Sshd) -> Iterator[None]:
-    """End what a test let live on the shared server."""
-    yield
-    for pid in sshd.processes():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not sshd.processes(), what="no process of the server's commands")
-
-
 def alive(pids: Iterable[int]) -> set[int]:
     """Those of these processes that live."""
     table = process_table()
@@ -69,3 +63,15 @@ def alive(pids: Iterable[int]) -> set[int]:
 def end(connection: SshConnection, command: Running, stop: Stop = KILL, within: float = LONG) -> Ending:
     """End one command."""
     return connection.end([command.session], stop, within)[command.session]
+
+
+def needs_mounts(*programs: str) -> None:
+    """Skip the test where a server can have no mounts of its own, or one of these programs is missing."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a server mounts of its own")
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this machine lets nobody unshare its mounts (a container without CAP_SYS_ADMIN?)")
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    for program in programs:
+        if shutil.which(program, path=places) is None:
+            pytest.skip(f"no {program}: tools/setup-test.sh installs it, as root on Debian")

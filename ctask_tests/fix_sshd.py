@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TypedDict
 
@@ -43,7 +43,7 @@ __all__ = [
     "fingerprint",
     "known_hosts_line",
     "make_key",
-    "needs_mounts",
+    "no_process_left",
     "write_known_hosts",
 ]
 
@@ -102,8 +102,8 @@ class Sshd:
 
     `options` are lines of sshd_config ("MaxSessions 1") that stand before the harness's own; `host_keys` the
     types of its host keys; `user_keys` how many login keys it accepts; `mounts` lines of sh that change what the server
-    and its commands see of this machine's files, in a namespace of their own (root only, see `needs_mounts`): `$FOLDER`
-    is the server's folder. It dies with the thread that began it.
+    and its commands see of this machine's files, in a namespace of their own (root only, see
+    `ending_nodes.needs_mounts`; `$FOLDER` is the server's folder). It dies with the thread that began it.
 
     Attributes: `port`, `user`; `identity` and `identities` (paths of private keys that are accepted);
     `known_hosts` (path of a file that names all nodes with all host keys); `host_key_lines` ("type base64");
@@ -368,18 +368,6 @@ def find_sshd() -> str:
     return program
 
 
-def needs_mounts(*programs: str) -> None:
-    """Skip the test where a server can have no mounts of its own, or one of these programs is missing."""
-    if os.geteuid() != 0:
-        pytest.skip("only root gives a server mounts of its own")
-    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody unshare its mounts (a container without CAP_SYS_ADMIN?)")
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    for program in programs:
-        if shutil.which(program, path=places) is None:
-            pytest.skip(f"no {program}: tools/setup-test.sh installs it, as root on Debian")
-
-
 def make_key(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> str:
     """Make a key pair at `path` and `path`.pub; return the path of its private half."""
     command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", path.name, "-f", str(path)]
@@ -415,6 +403,25 @@ def sshd() -> Iterator[Sshd]:
     """The server of this worker: shared by its tests, which leave it as they found it."""
     with Sshd() as server:
         yield server
+
+
+@pytest.fixture
+def nothing_runs_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End what a test left on the shared server, if it uses it: a command outlives a connection that is given up."""
+    with ExitStack() as stack:
+        if "sshd" in request.fixturenames:
+            stack.enter_context(no_process_left(request.getfixturevalue("sshd")))
+        yield
+
+
+@contextmanager
+def no_process_left(server: Sshd) -> Iterator[None]:
+    """End what the block lets live on a server: other tests count what runs there."""
+    yield
+    for pid in server.processes():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not server.processes(), what="no process of the server's commands")
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 from ctask.options import Stop
 from ctask.result import Ending
 from ctask.transports.ssh import ending
-from ctask_tests.ending_nodes import LONG, STUBBORN, Running, alive, end, logged_in
-from ctask_tests.fix_sshd import ACCOUNT, Sshd, needs_mounts
+from ctask_tests.ending_nodes import LONG, STUBBORN, Running, alive, end, logged_in, needs_mounts
+from ctask_tests.fix_sshd import ACCOUNT, Sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

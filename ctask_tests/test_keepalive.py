@@ -22,7 +22,6 @@ from ctask.transports.ssh import SshTransport, alive
 from ctask.transports.ssh.transport import Link
 from ctask.transports.ssh.wire import Wire
 from ctask.transports.watcher import Watcher
-from ctask_tests.ending_nodes import no_process_left
 from ctask_tests.fix_leaks import wait_until
 from ctask_tests.fix_proxy import Fin, OnEvent, Rst, Rule, Stall
 from ctask_tests.sick_node import SICK, WELL, Course, accepted, takes, task_for
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from ctask_tests.fix_proxy import FaultProxy, ProxyFactory
     from ctask_tests.fix_sshd import Sshd, SshdFactory
 
+pytestmark = pytest.mark.usefixtures("nothing_runs_on")
+
 #: The address of the node that faults strike.
 NODE = 40
 
@@ -43,15 +44,6 @@ INTERVAL = 0.3
 
 #: Seconds of rest after which a connection is in doubt in these tests.
 REST = 0.1
-
-
-@pytest.fixture(autouse=True)
-def shared_server_is_left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The command of a connection that was given up runs on: other tests count what runs."""
-    with contextlib.ExitStack() as stack:
-        if "sshd" in request.fixturenames:
-            stack.enter_context(no_process_left(request.getfixturevalue("sshd")))
-        yield
 
 
 class FakeLink:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ctask_tests.fix_hostile import HostileFactory, Step
     from ctask_tests.fix_sshd import Sshd, SshdFactory
 
+pytestmark = pytest.mark.usefixtures("nothing_runs_on")
+
 #: writes its argument's number of lines to both streams, in turn
 BOTH = (
     b"i=0; b=$(head -c 29999 /dev/zero | tr '\\0' x); while [ $i -lt 100 ]; do echo $b; echo $b >&2; i=$((i+1)); done"

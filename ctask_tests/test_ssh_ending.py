@@ -20,9 +20,10 @@ from ctask.options import Command, Stop
 from ctask.result import Ending, RemoteProcess
 from ctask.transports.ssh import ending
 from ctask.transports.ssh.mapping import says_forced_command
-from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in, no_process_left
+from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in
 from ctask_tests.fix_hostile import Await, Out, Script
 from ctask_tests.fix_leaks import wait_until
+from ctask_tests.fix_sshd import no_process_left
 from ctask_tests.real_nodes import takes
 from ctask_tests.ssh_sink import RecordingSink, connected, run, started, target_for
 
