@@ -18,6 +18,7 @@ from ctask.errors import (
     ConnectRefused,
     ConnectTimeout,
     CtaskError,
+    Curable,
     ExecRefused,
     HandlerError,
     HandshakeError,
@@ -25,6 +26,7 @@ from ctask.errors import (
     HostKeyError,
     HostKeyMismatch,
     HostKeyRevoked,
+    IdleTimeout,
     JobsFailed,
     LocalResource,
     NoCredentials,
@@ -47,6 +49,7 @@ from ctask.future import Future, as_completed, wait
 from ctask.handler import Callbacks, EventHandler
 from ctask.nodes import NodeSet
 from ctask.result import Attempt, Group, NodeResult, Timings
+from ctask.retry import Retry
 from ctask.states import Outcome
 from ctask.task import Task, task_self
 from ctask.worker import Worker
@@ -74,6 +77,9 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "Group",
     "Attempt",
     "Timings",
+    # trying again
+    "Retry",
+    "Curable",
     # node sets
     "NodeSet",
     # errors, as the tree in ctask.errors has them
@@ -105,6 +111,7 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "ExecRefused",
     "ConnectionLost",
     "CommandTimeout",
+    "IdleTimeout",
     "LocalResource",
     "CommandFailed",
     "Aborted",

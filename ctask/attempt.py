@@ -15,6 +15,7 @@ from ctask import errors
 from ctask.dispatcher import Deadline, Dispatcher
 from ctask.errors import NodeError
 from ctask.gate import Gate
+from ctask.intake import Intake
 from ctask.options import Target
 from ctask.result import signal_number
 from ctask.states import Outcome
@@ -32,23 +33,25 @@ class Inbox:
     __slots__ = (
         "_box",
         "_gate",
+        "_intake",
         "_job",
         "_size",
         "_tell",
         "_told",
-        "_waiting",
         "_wider",
         "end",
         "exec_at",
         "first_at",
+        "given_at",
+        "heard_at",
         "over",
         "running_at",
         "status",
     )
 
-    def __init__(self, job: Job, gate: Gate, waiting: Callable[[], int], *, tell: bool) -> None:
+    def __init__(self, job: Job, gate: Gate, intake: Intake, *, tell: bool) -> None:
         self._job = job
-        self._waiting = waiting
+        self._intake = intake
         self._gate = gate
         self._box: list[tuple[int, bytes]] = []
         self._size = 0
@@ -60,6 +63,9 @@ class Inbox:
         self.exec_at: float | None = None
         self.running_at: float | None = None
         self.first_at: float | None = None
+        self.given_at = 0.0
+        #: when something of it was last stored; the dispatcher's
+        self.heard_at = 0.0
         #: (exit status, name of signal), as soon as it is known
         self.status: tuple[int | None, str | None] | None = None
         self.over = False
@@ -68,6 +74,14 @@ class Inbox:
     def tell(self) -> None:
         """Post at once when the command runs. Dispatcher, which looks at `running_at` after it."""
         self._tell = True
+
+    def now_in(self, phase: str) -> str:
+        """Return where the attempt is that the dispatcher has seen in `phase`. Any thread; of a moment ago."""
+        if phase not in ("open", "exec"):
+            return phase
+        if self.running_at is not None:
+            return "running"
+        return "exec" if self.exec_at is not None else phase
 
     def phase(self, name: str) -> None:
         """See `Sink`."""
@@ -112,7 +126,11 @@ class Inbox:
 
     def may(self, session: Session) -> bool:
         """See `Sink`."""
-        return self._gate.ask(session, self._waiting)
+        return self._gate.ask(session, self)
+
+    def waiting(self) -> int:
+        """See `ctask.gate.Asker`."""
+        return self._intake.waiting
 
     def widen(self, size: int) -> int:
         """See `Sink`."""
@@ -153,12 +171,61 @@ class ConnectClock:
             self._deadline.cancel()
             self._deadline = None
 
+    def spend(self, seconds: float, now: float) -> bool:
+        """Take time off, and stand; False: there is not so much left. Without a limit there always is."""
+        self.pause(now)
+        if self._left is None:
+            return True
+        self._left -= seconds
+        return self._left > 0
+
+
+class Silence:
+    """Calls when a session was silent for long though its node could have spoken. Dispatcher.
+
+    It could not while credit was withheld from it, or while something of it waited to be stored.
+
+    Args:
+        job: whose deadlines these are.
+        limit: seconds.
+        call: what is called then, once.
+    """
+
+    __slots__ = ("_call", "_deadline", "_inbox", "_job", "_limit", "_session")
+
+    def __init__(
+        self, job: Job, session: Session, inbox: Inbox, limit: float, since: float, call: Callable[[], None]
+    ) -> None:
+        self._job = job
+        self._session = session
+        self._inbox = inbox
+        self._limit = limit
+        self._call = call
+        inbox.heard_at = since
+        self._deadline = job.run.dispatcher.at(since + limit, job, self._look)
+
+    def cancel(self) -> None:
+        """Listen no more."""
+        self._deadline.cancel()
+
+    def _look(self) -> None:
+        run, inbox = self._job.run, self._inbox
+        now = run.dispatcher.clock()
+        if run.gate.withholds(self._session):
+            inbox.heard_at = now  # it waits for us: its silence says nothing
+        heard = max(inbox.heard_at, inbox.given_at)
+        if now - heard >= self._limit:
+            self._call()
+        else:
+            self._deadline = run.dispatcher.at(heard + self._limit, self._job, self._look)
+
 
 def silence(phase: str, target: Target, limit: float) -> NodeError:
     """Return the error of a phase in which nothing came for `limit` seconds."""
     said = f"no answer for {limit:g} s"
     if phase == "resolve":
-        return errors.ResolveError(f"no address for {target.address} within {limit:g} s", phase=phase, kind=said)
+        text = f"no address for {target.address} within {limit:g} s"
+        return errors.ResolveError(text, phase=phase, kind=said, curable=errors.Curable.MAYBE)
     if phase in ("tcp", "queued"):
         return errors.ConnectTimeout(
             f"no answer from {target.where()} for {limit:g} s", phase="tcp", kind=said

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 
 from ctask.options import Stop
 from ctask.result import Ending
-from ctask.transports.base import Connection, Session
+from ctask.transports.base import Connection, Session, Transport
 
 if TYPE_CHECKING:
     from ctask.job import Job
 
-__all__ = ["ABORT_WITHIN", "SILENT_WITHIN", "TIMEOUT_WITHIN", "WORD_BEFORE", "Batch", "Endings"]
+__all__ = ["ABORT_WITHIN", "DEADLINE_WITHIN", "SILENT_WITHIN", "TIMEOUT_WITHIN", "Batch", "Endings", "end_alone"]
 
 #: Seconds after which an aborted job has its outcome, whatever its node says: callers are promised 2.
 ABORT_WITHIN = 1.7
+#: The same after a deadline, or Ctrl-C: callers are promised 1.
+DEADLINE_WITHIN = 0.7
 #: The same after `connect_timeout`, where exec went unanswered: there is hardly anything to be learned.
 SILENT_WITHIN = 0.5
 #: The same after a `timeout`, beyond the grace.
@@ -88,14 +90,14 @@ class Batch:
         def tell(session: Session, ending: Ending) -> None:
             job = self.jobs[session]
             told.add(session)
-            job.run.post(job, job.word, ending)
+            job.run.post(job, job.word, session, ending)
 
         def hear(session: Session, ending: Ending) -> None:
             job = self.jobs[session]
             if ending.state == "gone":
                 tell(session, ending)
             else:
-                job.run.post(job, job.seen, ending)
+                job.run.post(job, job.seen, session, ending)
 
         try:
             within = max(0.0, self._until - time.monotonic())
@@ -105,10 +107,18 @@ class Batch:
         except Exception as error:  # noqa: BLE001 (posted)
             for session, job in self.jobs.items():
                 if session not in told:
-                    job.run.post(job, job.unended, error)
+                    job.run.post(job, job.unended, session, error)
 
     def broken(self, error: Exception) -> None:
         """No thread can be had for it. Dispatcher."""
         del error
         for job in self.jobs.values():
             job.promised()
+
+
+def end_alone(way: Transport, connection: Connection, session: Session, stop: Stop) -> None:
+    """End the session of a job that has its outcome, and give its place back. Pool."""
+    try:
+        connection.end((session,), stop, ABORT_WITHIN - WORD_BEFORE)
+    finally:
+        way.give_back(connection)

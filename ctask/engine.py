@@ -210,7 +210,11 @@ class Engine:
         failure = TaskFailed(f"the task itself failed: {error!r}")
         failure.__cause__ = error
         try:
-            job.abandoned(failure)
+            try:
+                job.abandoned(failure)
+            except Exception:
+                log.exception("%r could not be ended in order", job)
+                job.end_anyhow(failure)
         except BaseException:  # also what a done-callback raises: the other jobs have theirs to come
             log.critical("%r could not be ended", job, exc_info=True)
 

@@ -31,6 +31,7 @@
     │  │  └─ ExecRefused
     │  ├─ ConnectionLost               after a connection stood; after exec was sent, nobody knows what ran
     │  ├─ CommandTimeout
+    │  │  └─ IdleTimeout
     │  ├─ LocalResource                descriptors, threads, memory or disk of this machine
     │  ├─ CommandFailed                a status that is not in `ok_codes`, or a signal; only from `result.check()`
     │  ├─ Aborted(CancelledError)
@@ -48,6 +49,7 @@ Runs in any thread; the classes hold no shared state.
 from __future__ import annotations
 
 import concurrent.futures
+import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,7 @@ __all__ = [
     "ConnectTimeout",
     "ConnectionLost",
     "CtaskError",
+    "Curable",
     "ExecRefused",
     "HandlerError",
     "HandshakeError",
@@ -76,6 +79,7 @@ __all__ = [
     "HostKeyError",
     "HostKeyMismatch",
     "HostKeyRevoked",
+    "IdleTimeout",
     "JobsFailed",
     "LocalResource",
     "NoCredentials",
@@ -136,6 +140,19 @@ class OptionError(UsageError):
     """An option that is unknown, or that has no such value."""
 
 
+class Curable(enum.IntEnum):
+    """Whether the same may go well a moment later; what a `ctask.Retry` goes by."""
+
+    NEVER = 0
+    """Not tried again by any policy: a key that was refused is refused again, and counts there."""
+    NAMED = 1
+    """Tried again only where a policy names it."""
+    MAYBE = 2
+    """Tried again by a policy that names nothing."""
+    BUSY = 3
+    """The sign of a busy server: tried again without being asked."""
+
+
 class NodeError(CtaskError):
     """What kept one node's command from running to its end.
 
@@ -144,18 +161,24 @@ class NodeError(CtaskError):
         phase: where the attempt was (one of `ctask.states.PHASES`).
         reason: the text without node and phase, one line.
         kind: the text that folds with the same failure of other nodes: `reason` without addresses and times.
+        curable: whether the same may go well a moment later.
         attempts: one `Attempt` for each try, the last one included.
         result: the `NodeResult` with what had been printed until then; None until the job has ended.
     """
 
     #: said where an error is raised without a text of its own
     default_reason = "failed"
+    curable = Curable.NAMED
 
-    def __init__(self, reason: str = "", *, node: str = "", phase: str = "", kind: str = "") -> None:
+    def __init__(
+        self, reason: str = "", *, node: str = "", phase: str = "", kind: str = "", curable: Curable | None = None
+    ) -> None:
         self.node = node
         self.phase = phase
         self.reason = reason or self.default_reason
         self.kind = kind or self.reason
+        if curable is not None:
+            self.curable = curable
         self.attempts: tuple[Attempt, ...] = ()
         self.result: NodeResult | None = None
         super().__init__(self.reason)
@@ -171,6 +194,12 @@ class NodeError(CtaskError):
     def add(self, text: str) -> None:
         """Add to the text of this node; what folds with other nodes stays as it is."""
         self.reason = f"{self.reason}. {text}"
+        self.args = (self.reason,)
+
+    def tried(self, count: int, seconds: float) -> None:
+        """Say how often it was tried, before the advice that follows the first sentence."""
+        first, stop, advice = self.reason.partition(". ")
+        self.reason = f"{first} ({count} tries, {seconds:.1f} s){stop}{advice}"
         self.args = (self.reason,)
 
     def why(self) -> str:
@@ -205,16 +234,20 @@ class ConnectRefused(ConnectError):
     """The node answered that nobody listens there."""
 
     default_reason = "refused"
+    curable = Curable.MAYBE
 
 
 class ConnectTimeout(ConnectError):
     """Nothing answered within `connect_timeout`, or there is no way to the node."""
 
     default_reason = "no answer"
+    curable = Curable.MAYBE
 
 
 class BannerError(ConnectError):
     """What answered hung up, or said nothing, before it named its SSH version."""
+
+    curable = Curable.MAYBE
 
 
 class HandshakeError(ConnectError):
@@ -230,6 +263,8 @@ class HandshakeError(ConnectError):
 class HandshakeTimeout(ConnectError):
     """The key exchange did not end within `connect_timeout`."""
 
+    curable = Curable.MAYBE
+
 
 class HostKeyError(NodeError):
     """The node could not prove that it is itself; no credentials were sent.
@@ -241,6 +276,7 @@ class HostKeyError(NodeError):
         files: the files that were looked in.
     """
 
+    curable = Curable.NEVER
     fingerprint = ""
     key_type = ""
     line = ""
@@ -266,6 +302,8 @@ class AuthError(NodeError):
 class AuthRejected(AuthError):
     """The node refused every credential that was offered, each once."""
 
+    curable = Curable.NEVER
+
 
 class AuthTimeout(AuthError):
     """The node did not answer a login within `connect_timeout`."""
@@ -273,6 +311,8 @@ class AuthTimeout(AuthError):
 
 class NoCredentials(AuthError):
     """There was nothing to offer that the node would take."""
+
+    curable = Curable.NEVER
 
 
 class SessionError(NodeError):
@@ -282,9 +322,13 @@ class SessionError(NodeError):
 class SessionRefused(SessionError):
     """The node refused to open a session."""
 
+    curable = Curable.MAYBE
+
 
 class SessionTimeout(SessionError):
     """The node did not answer the opening of a session within `connect_timeout`."""
+
+    curable = Curable.MAYBE
 
 
 class ExecRefused(SessionError):
@@ -295,10 +339,15 @@ class ConnectionLost(NodeError):
     """The connection ended under the command: it may have run, or may still run."""
 
     default_reason = "connection lost"
+    curable = Curable.MAYBE
 
 
 class CommandTimeout(NodeError):
     """The command, or the run, took longer than the caller allowed; what it had printed is kept."""
+
+
+class IdleTimeout(CommandTimeout):
+    """The node printed nothing for `idle_timeout`; what it had printed is kept."""
 
 
 class LocalResource(NodeError):
@@ -313,6 +362,7 @@ class Aborted(NodeError, concurrent.futures.CancelledError):
     """The caller took the job back."""
 
     default_reason = "aborted"
+    curable = Curable.NEVER
 
 
 class JobsFailed(CtaskError):
@@ -338,6 +388,7 @@ class TaskFailed(NodeError, TaskError):
     """The task itself ended by an error (its `__cause__`) before the node's command had: it may still run."""
 
     default_reason = "the task itself failed"
+    curable = Curable.NEVER
 
 
 class AlreadyRunningError(TaskError):

@@ -32,22 +32,38 @@ class Moved(enum.Enum):
 
 
 class Feed:
-    """The pieces of one job's standard input, in order; a path is read when its turn comes."""
+    """The pieces of one job's standard input, in order; a path is read when its turn comes.
 
-    __slots__ = ("_file", "_pieces", "_rest")
+    Args:
+        again: keep what was moved, since the command may be started again.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_all", "_file", "_pieces", "_rest")
+
+    def __init__(self, *, again: bool = False) -> None:
+        self._all: list[bytes | Path | None] | None = [] if again else None
         self._pieces: deque[bytes | Path | None] = deque()
         self._rest: memoryview | None = None
         self._file: BinaryIO | None = None
 
     def put(self, piece: bytes | Path) -> None:
         """Add a piece. Dispatcher, or before the job is submitted."""
-        self._pieces.append(piece)
+        self._add(piece)
 
     def end(self) -> None:
         """End of file after what was put. As `put`."""
-        self._pieces.append(None)
+        self._add(None)
+
+    def _add(self, piece: bytes | Path | None) -> None:
+        self._pieces.append(piece)
+        if self._all is not None:
+            self._all.append(piece)
+
+    def rewind(self) -> None:
+        """Begin again with the first piece. Dispatcher, while nothing moves."""
+        if self._all is not None:
+            self._close()
+            self._pieces = deque(self._all)
 
     def waiting(self) -> bool:
         """Whether there is something to move. Dispatcher, while nothing moves."""
@@ -73,6 +89,10 @@ class Feed:
     def discard(self) -> None:
         """Forget what is left, and close the file. Pool."""
         self._pieces.clear()
+        self._all = None
+        self._close()
+
+    def _close(self) -> None:
         self._rest = None
         if self._file is not None:
             self._file.close()
@@ -119,6 +139,8 @@ class Feeder:
         self._blocked = False
         # Room came while the pool's thread was on its way back with the word that there was none.
         self._room = False
+        # The command is to be started again, once the thread that moves has come back.
+        self._anew = False
 
     def waiting(self) -> bool:
         """Whether there is something to move from the start."""
@@ -146,8 +168,22 @@ class Feeder:
     def stop(self) -> None:
         """Nothing more is moved, and what is left is thrown away."""
         self._session = None
+        self._anew = False
         if not self._moving and self._feed.waiting():
             self._run.work(self._feed.discard)
+
+    def again(self) -> None:
+        """The session is over, and the command will be started again: it gets all from the beginning."""
+        self._session = None
+        self._blocked = False
+        self._anew = True
+        if not self._moving:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        self._anew = False
+        self._feed.rewind()
+        self._move()
 
     def _move(self) -> None:
         session = self._session
@@ -166,7 +202,9 @@ class Feeder:
 
     def _moved(self, moved: Moved | Exception) -> None:
         self._moving = False
-        if self._session is None:
+        if self._anew:
+            self._rewind()
+        elif self._session is None:
             self.stop()
         elif isinstance(moved, Exception):
             self._failed(moved)

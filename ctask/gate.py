@@ -31,6 +31,16 @@ class Credited(Protocol):
     def give(self) -> None: ...
 
 
+class Asker(Protocol):
+    """Who asks for a session."""
+
+    #: when credit was last given that had been withheld (monotonic seconds)
+    given_at: float
+
+    def waiting(self) -> int:
+        """Return how much of this node waits for handlers."""
+
+
 class Gate:
     """Decides whether nodes may send more.
 
@@ -68,22 +78,18 @@ class Gate:
         self._left = 0.0
         self._watched = False
         self._shut = False
-        self._refused: dict[Credited, Callable[[], int]] = {}
+        self._refused: dict[Credited, Asker] = {}
         self._afloat = 0
         self._wider = 0
         self._stored = 0
         self._read = 0
 
-    def ask(self, session: Credited, unread: Callable[[], int]) -> bool:
-        """May this session's node send more? Connection's thread.
-
-        Args:
-            unread: returns how much of this node waits for handlers.
-        """
+    def ask(self, session: Credited, asker: Asker) -> bool:
+        """May this session's node send more? Connection's thread."""
         with self._lock:
-            if self._afloat <= AFLOAT and (not self._shut or unread() < SHARE):
+            if self._afloat <= AFLOAT and (not self._shut or asker.waiting() < SHARE):
                 return True
-            self._refused[session] = unread
+            self._refused[session] = asker
             return False
 
     def widen(self, size: int) -> int:
@@ -174,7 +180,7 @@ class Gate:
         """Return who may be given credit now; under the lock."""
         if self._afloat > AFLOAT // 2 or not self._refused:
             return []
-        waiting = [one for one, unread in self._refused.items() if not self._shut or unread() < SHARE]
+        waiting = [one for one, asker in self._refused.items() if not self._shut or asker.waiting() < SHARE]
         for session in waiting:
-            del self._refused[session]
+            self._refused.pop(session).given_at = self._clock()
         return waiting

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ctask.buffers import Output
-from ctask.errors import OptionError
+from ctask.errors import NodeError, OptionError
 from ctask.result import NodeResult
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["EVENTS", "Callbacks", "EventHandler", "Handlers"]
 
 #: Event -> how many arguments its callbacks take, the worker included.
-EVENTS = {"start": 1, "pickup": 2, "read": 4, "hup": 3, "done": 3, "close": 2}
+EVENTS = {"start": 1, "pickup": 2, "read": 4, "retry": 5, "hup": 3, "done": 3, "close": 2}
 
 #: Events whose handlers may have the signature of ClusterShell before 1.8: `(self, worker)` alone.
 _OLDER = frozenset(("pickup", "read", "hup", "close"))
@@ -43,6 +43,13 @@ class EventHandler:
     def ev_read(self, worker: Worker, node: str, sname: str, msg: Output) -> None:
         """Called for each line, without its end; `sname` is `stdout` or `stderr`."""
 
+    def ev_retry(self, worker: Worker, node: str, attempt: int, error: NodeError, delay: float) -> None:
+        """Called between two tries: try number `attempt` (from 1) ended by `error`, the next is in `delay` seconds.
+
+        All lines of that try have been read by then. A command that exited with a status that is tried again has the
+        error `CommandFailed`, with its status in the text.
+        """
+
     def ev_hup(self, worker: Worker, node: str, rc: int) -> None:
         """Called when the node's command ended; with 255 where the node was not reached, or lost."""
 
@@ -59,6 +66,7 @@ class Callbacks(TypedDict, total=False):
     on_start: Callable[[Worker], object]
     on_pickup: Callable[[Worker, str], object]
     on_read: Callable[[Worker, str, str, Output], object]
+    on_retry: Callable[[Worker, str, int, NodeError, float], object]
     on_hup: Callable[[Worker, str, int], object]
     on_done: Callable[[Worker, str, NodeResult], object]
     on_close: Callable[[Worker, bool], object]
@@ -70,7 +78,7 @@ class Handlers:
     The lists are replaced whole when one is added, so that an event that is being delivered is not disturbed.
     """
 
-    __slots__ = ("close", "done", "hup", "pickup", "read", "start")
+    __slots__ = ("close", "done", "hup", "pickup", "read", "retry", "start")
 
     def __init__(self) -> None:
         for event in EVENTS:
@@ -79,6 +87,7 @@ class Handlers:
     start: tuple[Callable[..., object], ...]
     pickup: tuple[Callable[..., object], ...]
     read: tuple[Callable[..., object], ...]
+    retry: tuple[Callable[..., object], ...]
     hup: tuple[Callable[..., object], ...]
     done: tuple[Callable[..., object], ...]
     close: tuple[Callable[..., object], ...]

@@ -7,22 +7,24 @@ All methods run in the dispatcher, but for those that say otherwise. There is no
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ctask import errors
-from ctask.attempt import ConnectClock, Inbox, rc_of, silence, whether_ran
-from ctask.buffers import Capture, Loose
+from ctask.attempt import ConnectClock, Inbox, Silence, silence
+from ctask.buffers import Capture
 from ctask.dispatcher import Deadline
-from ctask.ending import ABORT_WITHIN, SILENT_WITHIN, TIMEOUT_WITHIN, WORD_BEFORE
-from ctask.errors import NodeError
+from ctask.ending import ABORT_WITHIN, DEADLINE_WITHIN, SILENT_WITHIN, TIMEOUT_WITHIN, end_alone
+from ctask.errors import Curable, NodeError
 from ctask.feed import Feed, Feeder
-from ctask.mailbox import Delivery
+from ctask.intake import Intake
 from ctask.options import Command, JobOptions, Target
 from ctask.plan import Stage
-from ctask.result import Attempt, Ending, NodeResult, Timings
+from ctask.result import Ending, NodeResult
 from ctask.runtime import Runtime, Submission
 from ctask.states import Outcome, Timeline
-from ctask.transports.base import Connection, Session, Transport
+from ctask.transports.base import Connection, Session
+from ctask.tries import TriesSoFar
 
 if TYPE_CHECKING:
     from ctask.making import ConnectionMaking
@@ -60,19 +62,24 @@ class Job:
         self.target = target
         self.command = command
         self.limits = limits
-        #: wants a connection that is made from now on
-        self.fresh = limits.fresh
-        self.timeline = Timeline(now)
-        self.clock = ConnectClock(self, run.dispatcher, limits.connect_timeout)
         self.outcome: Outcome | None = None
-        #: what became of what was ended on the node
-        self.ending: Ending | None = None
         #: set with the outcome
         self.result: NodeResult | None = None
-        self._store: Capture | Loose = (Capture if work.store.gather else Loose)(work.store)
-        self._delivery = Delivery(work, node, apart=work.apart)
-        self._feeder = Feeder(run, self, feed, self._unfed) if feed is not None else None
         self._begun = False
+        self._tries = TriesSoFar(node, limits.retry, work.ok_codes)
+        self._overdue: Deadline | None = None
+        self._intake = Intake(run, work, node)
+        self._feeder = Feeder(run, self, feed, self._unfed) if feed is not None else None
+        self.clock = ConnectClock(self, run.dispatcher, limits.connect_timeout)
+        self._begin_try(now)
+
+    def _begin_try(self, now: float) -> None:
+        """Have all that one try has of its own, as it is before it begins."""
+        #: wants a connection that is made from now on
+        self.fresh = self.limits.fresh
+        self.timeline = Timeline(now)
+        #: what became of what was ended on the node
+        self.ending: Ending | None = None
         self._replaced = False
         self._connection: Connection | None = None
         #: the connection that was made for it, until it starts
@@ -83,7 +90,7 @@ class Job:
         self._deadlines: list[Deadline] = []
         #: what it will have come to, once its session is ended
         self._stopped: tuple[Outcome, NodeError] | None = None
-        self._quiet_at = 0.0
+        self._silence: Silence | None = None
 
     def __repr__(self) -> str:
         return f"<Job {self.node} {self.outcome or self.phase}>"
@@ -94,22 +101,21 @@ class Job:
         phase, inbox, making = self.timeline.phase, self._inbox, self._making
         if making is not None:
             return making.now_in()
-        if inbox is None or phase not in ("open", "exec"):
-            return phase
-        if inbox.running_at is not None:
-            return "running"
-        return "exec" if inbox.exec_at is not None else phase
+        return phase if inbox is None else inbox.now_in(phase)
 
     @property
     def capture(self) -> Capture | None:
         """What the node printed; None where nothing is gathered. Any thread."""
-        return self._store if isinstance(self._store, Capture) else None
+        return self._intake.capture
 
     # -- what the plan says ----------------------------------------------------------------------------------
 
     def submitted(self) -> None:
         """The job is on its way: only an abort from now on keeps its lines from its handlers."""
-        self._delivery.epoch = self.run.mailbox.epoch
+        self._intake.submitted()
+        if self.limits.deadline is not None:
+            now = self.run.dispatcher.clock()
+            self._overdue = self.run.dispatcher.at(now + self.limits.deadline, self, self.overdue)
 
     def join(self, making: ConnectionMaking, now: float) -> None:
         """Wait for a connection in the making."""
@@ -128,8 +134,10 @@ class Job:
         self._connection, self._made = connection, None
         self.timeline.enter("open", now)
         self.clock.run(now)
-        tell = self.limits.timeout is not None or (self._feeder is not None and self._feeder.waiting())
-        inbox = self._inbox = Inbox(self, self.run.gate, self._delivery.waiting, tell=tell)
+        limits = self.limits
+        timed = limits.timeout is not None or limits.idle_timeout is not None
+        tell = timed or (self._feeder is not None and self._feeder.waiting())
+        inbox = self._inbox = Inbox(self, self.run.gate, self._intake, tell=tell)
         session = self._session = connection.prepare(self.command, inbox)
         if not session.try_start():
             self.run.work(self._start_slowly, session, inbox)
@@ -171,7 +179,7 @@ class Job:
         now = self.run.dispatcher.clock()
         self._catch_up(inbox)
         if box:
-            self._keep(box)
+            self._keep(box, now)
             if self.outcome is not None:
                 return
         if over:
@@ -197,30 +205,23 @@ class Job:
         if inbox.running_at is not None and timeline.phase == "exec":
             timeline.enter("running", inbox.running_at)
             self.clock.pause(inbox.running_at)
-            if self.limits.timeout is not None and self._stopped is None:
-                self._at(inbox.running_at + self.limits.timeout, self.too_long)
-            if self._feeder is not None and self._session is not None and self._stopped is None:
-                self._feeder.connect(self._session)
+            if self._stopped is None:
+                self._began_to_run(inbox.running_at)
 
-    def _keep(self, box: list[tuple[int, bytes]]) -> None:
-        """Store output, and tell the mailbox where somebody reads it."""
-        store, listened = self._store, bool(self.work.handlers.read) and not self._delivery.muted
-        before, failure = store.total, None
+    def _began_to_run(self, at: float) -> None:
+        if self.limits.timeout is not None:
+            self._at(at + self.limits.timeout, self.too_long)
+        self._listen(self.limits.idle_timeout, at, self.idle)
+        if self._feeder is not None and self._session is not None:
+            self._feeder.connect(self._session)
+
+    def _keep(self, box: list[tuple[int, bytes]], now: float) -> None:
+        if self._inbox is not None:
+            self._inbox.heard_at = now
         try:
-            if isinstance(store, Capture) or listened:
-                for stream, chunk in box:
-                    store.append(stream, chunk)
+            self._intake.keep(box)
         except errors.LocalResource as error:
-            failure = error.with_traceback(None)  # its frames hold what was stored, and this error
-        if listened:
-            if self._delivery.reader is None:
-                # Whoever listens from now on hears from the start, as far as it is kept.
-                self._delivery.reader = store.reader()
-                before = 0
-            self.run.mailbox.readable(self._delivery, store.total - before)
-        if failure is not None:  # what came before it was stored, and is delivered
-            self.stop(Outcome.ABORTED, failure, ABORT_WITHIN, mute=False)
-        self._quiet_at = self.run.dispatcher.clock()
+            self.stop(Outcome.ABORTED, error.with_traceback(None), ABORT_WITHIN, mute=False)
 
     def _session_over(self, error: NodeError | None) -> None:
         if self._stopped is not None:
@@ -254,30 +255,31 @@ class Job:
         outcome = Outcome.SIGNALED if signal is not None else Outcome.EXITED
         self._finish(outcome, None, lingering=lingering, truncated=truncated)
 
-    # -- the quiet end ---------------------------------------------------------------------------------------
+    # -- silence ---------------------------------------------------------------------------------------------
+
+    def _listen(self, limit: float | None, since: float, call: Callable[[], None]) -> None:
+        """Have `call` made when nothing has come for `limit`, in place of what was to be called before."""
+        if self._silence is not None:
+            self._silence.cancel()
+        if limit is not None and self._session is not None and self._inbox is not None:
+            self._silence = Silence(self, self._session, self._inbox, limit, since, call)
 
     def _close_quietly(self, now: float) -> None:
         """The status is known; output may still come (an exit status overtakes it)."""
         if self.timeline.phase != "closing":
             self.timeline.enter("closing", now)
-            self._quiet_at = now
-            if self.limits.drain_timeout is not None:
-                self._at(now + self.limits.drain_timeout, self.quiet)
+            self._listen(self.limits.drain_timeout, now, self.quiet)
 
     def quiet(self) -> None:
-        """End the job if nothing has come for `drain_timeout`, though it could have."""
-        limit = self.limits.drain_timeout
-        if self.outcome is not None or self._stopped is not None or limit is None:
-            return
-        assert self._session is not None
-        now = self.run.dispatcher.clock()
-        if self.run.gate.withholds(self._session):
-            self._quiet_at = now  # the node waits for us: its silence says nothing
-        if now - self._quiet_at < limit:
-            self._at(self._quiet_at + limit, self.quiet)
-        else:
+        """Nothing has come for `drain_timeout` since the status."""
+        if self.outcome is None and self._stopped is None and self._session is not None:
             self.run.work(self._session.close)
             self._exited(lingering=True)
+
+    def idle(self) -> None:
+        """Nothing has come for `idle_timeout`."""
+        error = errors.IdleTimeout(f"silent for {self.limits.idle_timeout:g} s")
+        self.stop(Outcome.TIMEOUT, error, self.limits.stop.grace + TIMEOUT_WITHIN, mute=False)
 
     # -- standard input --------------------------------------------------------------------------------------
 
@@ -323,6 +325,11 @@ class Job:
         error = errors.CommandTimeout(f"timeout after {self.limits.timeout:g} s")
         self.stop(Outcome.TIMEOUT, error, self.limits.stop.grace + TIMEOUT_WITHIN, mute=False)
 
+    def overdue(self) -> None:
+        """`deadline` has passed."""
+        text = f"deadline of {self.limits.deadline:g} s passed"
+        self.stop(Outcome.TIMEOUT, errors.CommandTimeout(text, curable=Curable.NEVER), DEADLINE_WITHIN)
+
     def stop(
         self, outcome: Outcome, error: NodeError, within: float, at_most: str = "kill", *, mute: bool = True
     ) -> None:
@@ -335,10 +342,12 @@ class Job:
             mute: lines that were not read yet are not given to handlers any more (abort, the run's deadline).
         """
         if mute:
-            self._delivery.muted = True  # also of one that has ended: what was not read is not read any more
+            self._intake.mute()  # also of one that has ended: what was not read is not read any more
         if self.outcome is not None:
             return
         if self._stopped is not None:
+            if error.curable is Curable.NEVER:
+                self._tries.no_more()
             self._at(self.run.dispatcher.clock() + within, self.promised)
             return
         session, inbox = self._session, self._inbox
@@ -355,84 +364,72 @@ class Job:
         self._at(self.run.dispatcher.clock() + within, self.promised)
         self.run.endings.add(self, self._connection, session, self.limits.stop.at_most(at_most), within)
 
-    def word(self, ending: Ending) -> None:
+    def word(self, session: Session | None, ending: Ending) -> None:
         """What became of the session that was to end."""
-        if self.outcome is None and self._stopped is not None:
+        if self.outcome is None and self._stopped is not None and session is self._session:
             self.ending = ending
             outcome, error = self._stopped
             if text := ending.told():
                 error.add(text)
             self._finish(outcome, error)
 
-    def seen(self, ending: Ending) -> None:
+    def seen(self, session: Session, ending: Ending) -> None:
         """What is still there of the session that is to end, before its last word. After the outcome nobody asks."""
-        self.ending = ending
+        if session is self._session:
+            self.ending = ending
 
-    def unended(self, error: Exception) -> None:
+    def unended(self, session: Session, error: Exception) -> None:
         """The ending itself raised: nothing is known of what it was to end."""
-        self.promised()
+        if session is self._session:
+            self.promised()
         raise error
 
     def promised(self) -> None:
         """The caller was promised the outcome by now, and the node has not said its last word."""
         if self.outcome is None and self._connection is not None:
             self._connection.retire()  # what is still being done there is no later job's business
-        self.word(self.ending or Ending("unknown"))
+        self.word(self._session, self.ending or Ending("unknown"))
 
     def broken(self, error: Exception) -> None:
         """Something in ctask raised while it dealt with this job."""
         if self.outcome is None:
             if self._session is not None and not self._session.drop():
                 self.run.work(self._session.close)
-            failure = errors.LocalResource(f"ctask failed: {error!r}")
+            failure = errors.LocalResource(f"ctask failed: {error!r}", curable=Curable.NEVER)
             failure.__cause__ = error
             self._fail(failure)
         elif self in self.run.live:
-            self._end_anyhow(errors.LocalResource(f"ctask failed: {error!r}"))
+            self.end_anyhow(errors.LocalResource(f"ctask failed: {error!r}"))
 
     def abandoned(self, error: NodeError) -> None:
         """The dispatcher ends under the job: the outcome now; what runs is ended by the pool, as far as that goes."""
         if self.outcome is not None:
             if self in self.run.live:
-                self._end_anyhow(error)
+                self.end_anyhow(error)
             return
-        try:
-            connection, session = self._connection, self._session
-            if connection is not None and session is not None and self._stopped is None and not session.drop():
-                self._connection = None  # its place is given back once the session was told to end
-                self.run.work(self._end_alone, self.run.transport(self.target.transport), connection, session)
-            self._fail(error)
-        except Exception:
-            log.exception("%r could not be ended in order", self)
-            self._end_anyhow(error)
-
-    def _end_alone(self, way: Transport, connection: Connection, session: Session) -> None:
-        """End the session of a job that has its outcome. Pool."""
-        try:
-            connection.end((session,), self.limits.stop, ABORT_WITHIN - WORD_BEFORE)
-        finally:
-            way.give_back(connection)
+        connection, session = self._connection, self._session
+        if connection is not None and session is not None and self._stopped is None and not session.drop():
+            self._connection = None  # its place is given back once the session was told to end
+            self.run.work(end_alone, self.run.transport(self.target.transport), connection, session, self.limits.stop)
+        self._fail(error)
 
     def _fail(self, error: NodeError) -> None:
         sent = self._inbox is not None and self._inbox.exec_at is not None
-        self._finish(Outcome.LOST if sent else Outcome.UNREACHED, error)
+        try:
+            self._finish(Outcome.LOST if sent else Outcome.UNREACHED, error)
+        except Exception:
+            log.exception("%r could not be ended in order", self)
+            self.end_anyhow(error)
 
-    def _end_anyhow(self, error: NodeError) -> None:
+    def end_anyhow(self, error: NodeError) -> None:
         """Its end itself has raised on the way: nobody would ever be told of it."""
-        outcome = self.outcome = self.outcome or Outcome.LOST
-        error.node = self.node if isinstance(self.node, str) else ""
-        attempts = (Attempt(self.timeline.phase, error, Timings({}, None)),)
-        self.result = error.result = NodeResult(
-            node=self.node, outcome=outcome, rc=None, signal=None, error=error, ran=whether_ran(outcome, self._inbox),
-            ok=False, attempts=attempts, capture=self.capture,
-        )
-        self._tell(None, self.result)
+        self._tries.broken_off(self.timeline.phase, self.outcome or Outcome.LOST, self._inbox, error)
+        self._conclude()
 
     # -- the outcome -----------------------------------------------------------------------------------------
 
-    def _finish(
-        self, outcome: Outcome, error: NodeError | None, *, lingering: bool = False, truncated: bool = False
-    ) -> None:
+    def _finish(self, outcome: Outcome, error: NodeError | None, **how: bool) -> None:
+        """The try has ended: try again, or have the outcome."""
         now = self.run.dispatcher.clock()
         inbox = self._inbox
         if inbox is not None:
@@ -440,59 +437,61 @@ class Job:
         elif self._making is not None:
             self._making.catch_up()
             self._making = None
-        phase = self.timeline.phase
-        spent = self.timeline.close(outcome, now)
-        self.outcome = outcome
+        self._tries.over(self.timeline, outcome, inbox, error, now)
+        delay = self._tries.again(self.clock, now)
         self._release(now)
-        if self.capture is not None:
-            self.capture.seal()
-        first = inbox.first_at - self.timeline.began if inbox is not None and inbox.first_at is not None else None
-        attempts = (Attempt(phase, error, Timings(spent, first)),)
-        status, signal = (inbox.status if inbox is not None else None) or (None, None)
-        rc = rc_of(outcome, status, signal)
-        result = self.result = NodeResult(
-            node=self.node,
-            outcome=outcome,
-            rc=rc,
-            signal=signal if outcome is Outcome.SIGNALED else None,
-            error=error,
-            ran=whether_ran(outcome, inbox),
-            ok=outcome is Outcome.EXITED and rc in self.work.ok_codes,
-            attempts=attempts,
-            capture=self.capture,
-            ending=self.ending,
-            lingering=lingering,
-            truncated=truncated,
-        )
-        if error is not None:
-            error.node = self.node if isinstance(self.node, str) else ""
-            error.phase = error.phase or phase
-            error.attempts, error.result = attempts, result
-        self._tell(rc, result)
+        self._intake.seal()
+        if delay is not None:
+            self._try_again(delay, now)
+        else:
+            self._conclude(**how)
 
-    def _tell(self, rc: int | None, result: NodeResult) -> None:
+    def _try_again(self, delay: float, now: float) -> None:
+        failure = self._tries.failure
+        assert failure is not None
+        self._intake.again(len(self._tries.done), failure, delay)
+        if self._feeder is not None:
+            self._feeder.again()
+        if self._tries.own_clock:
+            self.clock = ConnectClock(self, self.run.dispatcher, self.limits.connect_timeout)
+        self._begin_try(now)
+        if isinstance(failure, errors.SessionRefused):  # another connection may have room
+            self.fresh = self.run.transport(self.target.transport).dials
+        self.run.plan.backoff(self, now + delay)
+
+    def _conclude(self, **how: bool) -> None:
+        """Have the outcome, and tell it."""
+        result = self.result = self._tries.result(self.capture, self.ending, **how)
+        self.outcome = result.outcome
+        self._tell(result)
+
+    def _tell(self, result: NodeResult) -> None:
         """Put the end into the mailbox, and resolve the future whatever becomes of that. Once."""
+        if self._overdue is not None:
+            self._overdue.cancel()
+        if self._feeder is not None:
+            self._feeder.stop()
         try:
             self.work.starts()
-            self.run.mailbox.ended(self._delivery, rc, result)
+            self._intake.ended(result)
         finally:
             self.run.live.discard(self)
             self.work.ended(self, result)
 
     def _release(self, now: float) -> None:
-        """Give back all that the job holds."""
+        """Give back all that the try holds."""
         self.clock.pause(now)
         for deadline in self._deadlines:
             deadline.cancel()
         self._deadlines = []
+        if self._silence is not None:
+            self._silence.cancel()
         orphan = self.run.plan.withdrawn(self)
         if orphan is not None:
             orphan.cancel()
         if self._connection is not None:
             self.run.transport(self.target.transport).give_back(self._connection)
             self._connection = None
-        if self._feeder is not None:
-            self._feeder.stop()
         self._session = self._made = None
 
     def _at(self, when: float, call: Any) -> None:

@@ -2,7 +2,7 @@
 """The owner's side of a task: what waits to be pumped, and who is called with it.
 
 The dispatcher puts entries in; the owner takes them out and runs the handlers, in `Mailbox.pump` only. The mailbox
-holds no bytes: of a job with new output it has one entry, and a reader over the store from which lines are cut.
+holds no bytes: of a job with new output it has one entry, with a `Delivery` that cuts lines from the store.
 The credit that handlers earn is counted by the `Gate`.
 """
 
@@ -14,15 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol
 
-from ctask.buffers import STDERR, Output, Reader
-from ctask.errors import HandlerError, TaskError
+from ctask.buffers import Output
+from ctask.delivery import Delivery, Subject
+from ctask.errors import HandlerError, NodeError, TaskError
 from ctask.gate import Gate
-from ctask.handler import Handlers
 from ctask.result import NodeResult
 
-__all__ = ["Delivery", "LineCutter", "Mailbox", "Subject"]
+__all__ = ["Mailbox"]
 
 log = logging.getLogger("ctask.handler")
 
@@ -30,143 +29,12 @@ log = logging.getLogger("ctask.handler")
 SLICE = 256 * 1024
 #: Seconds after which the lines of one node give way to what else is to be delivered.
 TURN = 0.1
-#: Events split a line after so many bytes; the store never does.
-LONGEST_LINE = 1024 * 1024
 #: Errors of handlers that are kept for the run's end, and those of them that keep their frames: a frame holds its
 #: worker, and with it all that was printed.
 MOST_ERRORS = 1000
 MOST_TRACEBACKS = 10
 #: Seconds after which the main thread looks for a signal whose moment was missed.
 SIGNALS = 0.25
-
-
-class LineCutter:
-    r"""Cuts bytes into lines at ``\n``, whatever the chunks they come in. Owner."""
-
-    __slots__ = ("_held", "_parts")
-
-    def __init__(self) -> None:
-        # A line that has not ended is kept in parts: joining them anew for each chunk would be quadratic.
-        self._parts: list[bytes] = []
-        self._held = 0
-
-    def cut(self, data: bytes) -> list[bytes]:
-        """Return the lines that end in `data`, without their ends."""
-        lines = data.split(b"\n")
-        rest = lines.pop()
-        carriage = b"\r" in data
-        if lines and self._parts:
-            lines[0] = b"".join((*self._parts, lines[0]))
-            self._parts, self._held = [], 0
-            carriage = True  # it may stand at the end of a part
-        if carriage:
-            lines = [line[:-1] if line[-1:] == b"\r" else line for line in lines]
-        if rest:
-            self._parts.append(rest)
-            self._held += len(rest)
-        if self._held >= LONGEST_LINE or (lines and len(max(lines, key=len)) > LONGEST_LINE):
-            return self._split(lines)
-        return lines
-
-    def rest(self) -> list[bytes]:
-        """Return the last line if it did not end, and forget it; its carriage return is data."""
-        data, self._parts, self._held = b"".join(self._parts), [], 0
-        return [data] if data else []
-
-    def _split(self, lines: list[bytes]) -> list[bytes]:
-        held = b"".join(self._parts)
-        whole = len(held) // LONGEST_LINE * LONGEST_LINE
-        self._parts, self._held = [held[whole:]] if held[whole:] else [], len(held) - whole
-        return [
-            line[start : start + LONGEST_LINE]
-            for line in (*lines, *((held[:whole],) if whole else ()))
-            for start in range(0, len(line) or 1, LONGEST_LINE)
-        ]
-
-
-class Subject(Protocol):
-    """The worker, as far as its events are concerned."""
-
-    handlers: Handlers
-    #: (node, sname, line) of the line that is being delivered
-    last: tuple[str, str, Output]
-    #: exit status of the node whose end is being delivered
-    last_rc: int | None
-
-
-class Delivery:
-    """What the owner is to hear of one job.
-
-    `queued` is set by the dispatcher when it puts the entry in, and cleared by the owner *before* it reads: what
-    is stored after that is queued again. `stored` is the dispatcher's; `taken` (out of the store) and `credited`
-    (told to the gate as read) are the owner's.
-    """
-
-    __slots__ = (
-        "_cutters",
-        "apart",
-        "credited",
-        "epoch",
-        "left",
-        "lines",
-        "muted",
-        "node",
-        "queued",
-        "reader",
-        "stored",
-        "subject",
-        "taken",
-    )
-
-    def __init__(self, subject: Subject, node: str, *, apart: bool) -> None:
-        self.subject = subject
-        self.node = node
-        self.apart = apart
-        self.reader: Reader | None = None
-        self.queued = False
-        #: what is left is not delivered: the job was ended by a deadline or an abort
-        self.muted = False
-        #: `Mailbox.epoch` when the job was submitted
-        self.epoch = 0
-        self.stored = 0
-        self.taken = 0
-        self.credited = 0
-        #: what is to be delivered next of its end
-        self.left: Literal["lines", "hup", "done"] = "lines"
-        #: cut, and not delivered since the pump had to look elsewhere; a deque from the first line on, since an empty
-        #: one takes 600 bytes, and most jobs have nobody who listens
-        self.lines: deque[tuple[str, list[bytes]]] | None = None
-        self._cutters: dict[str, LineCutter] = {}
-
-    def waiting(self) -> int:
-        """Return how many bytes wait for handlers. Any thread; of a moment ago."""
-        return self.stored - self.credited
-
-    def cut(self, limit: int) -> None:
-        """Take at most about `limit` bytes and cut them into `lines`."""
-        if self.reader is None:
-            return
-        for number, data in self.reader.take(limit):
-            self.taken += len(data)
-            sname = "stderr" if self.apart and number == STDERR else "stdout"
-            cutter = self._cutters.get(sname)
-            if cutter is None:
-                cutter = self._cutters[sname] = LineCutter()
-            lines = cutter.cut(data)
-            if lines:
-                self._add(sname, lines)
-
-    def finish(self) -> None:
-        """Cut the last lines, which have no end."""
-        for sname, cutter in self._cutters.items():
-            rest = cutter.rest()
-            if rest:
-                self._add(sname, rest)
-
-    def _add(self, sname: str, lines: list[bytes]) -> None:
-        if self.lines is None:
-            self.lines = deque()
-        self.lines.append((sname, lines))
 
 
 class Mailbox:
@@ -236,6 +104,11 @@ class Mailbox:
         handlers = delivery.subject.handlers
         if delivery.reader is not None or handlers.hup or handlers.done:
             self._put(partial(self._end, delivery, rc, result))
+
+    def retried(self, delivery: Delivery, attempt: int, error: NodeError, delay: float) -> None:
+        """A try of a job has ended by `error`, and the next begins in `delay` seconds."""
+        if delivery.reader is not None or delivery.subject.handlers.retry:
+            self._put(partial(self._retry, delivery, attempt, error, delay))
 
     def closed(self, subject: Subject, close: Callable[[], bool]) -> None:
         """A worker's last job has ended; `close` marks it as delivered and tells whether a job timed out."""
@@ -395,6 +268,25 @@ class Mailbox:
         finally:
             if not over:
                 self._entries.appendleft(partial(self._end, delivery, rc, result))
+
+    def _retry(
+        self,
+        delivery: Delivery,
+        attempt: int,
+        error: NodeError,
+        delay: float,
+        done: Callable[[], bool],
+        until: float | None,
+    ) -> None:
+        """Deliver what is left of a try's lines, then its end, before anything of the next one."""
+        over = False
+        try:
+            over = self._last_lines(delivery, done, until)
+            if over:
+                self._each(delivery.subject.handlers.retry, delivery.subject, delivery.node, attempt, error, delay)
+        finally:
+            if not over:
+                self._entries.appendleft(partial(self._retry, delivery, attempt, error, delay))
 
     def _last_lines(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> bool:
         """Deliver lines until there are none; False: something else is due before."""

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctask.errors import CommandError, OptionError
+from ctask.errors import OptionError
 from ctask.nodes import NodeSet
 from ctask.nodes.names import check as check_name
+from ctask.retry import BUSY, Retry
 
 __all__ = [
     "STOP_POLICIES",
@@ -27,13 +28,9 @@ __all__ = [
     "Options",
     "Stop",
     "Target",
-    "command_of",
     "parse_option",
     "seconds",
 ]
-
-#: Longest command that a Linux node's kernel takes as one argument (MAX_ARG_STRLEN, with its NUL).
-COMMAND_LIMIT = 131_072
 
 #: Identity files that OpenSSH's client tries when none is named (ssh_config(5), IdentityFile).
 DEFAULT_IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
@@ -123,13 +120,25 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """The limits of one job, in seconds; None is no limit."""
+    """The limits of one job, in seconds (None is no limit), and what they lead to.
+
+    Attributes:
+        connect_timeout: until exec's reply, but for the time in which the job waits for its slot.
+        timeout: of one try of the command, from exec's reply.
+        idle_timeout: without a byte, from exec's reply; not counted while credit is withheld from the node.
+        deadline: of all tries together, from the submission.
+        drain_timeout: without a byte, from the exit status.
+        retry: when it is tried again; None is never.
+    """
 
     connect_timeout: float | None = 10.0
     timeout: float | None = None
+    idle_timeout: float | None = None
+    deadline: float | None = None
     drain_timeout: float | None = 2.0
     stop: Stop = Stop()
     fresh: bool = False
+    retry: Retry | None = BUSY
 
 
 def seconds(name: str, value: object) -> float | None:
@@ -208,6 +217,14 @@ def _paths(name: str, value: object) -> tuple[str, ...]:
     return paths
 
 
+def _retry(name: str, value: object) -> Retry | None:
+    if value is None or isinstance(value, Retry):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Retry(value)
+    raise OptionError(f"{name} is a ctask.Retry, a number of tries, or None for one try only, not {value!r}")
+
+
 def _codes(name: str, value: object) -> frozenset[int]:
     items = [value] if isinstance(value, int) else value
     if not isinstance(items, Iterable):
@@ -229,6 +246,9 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     # limits of a job
     "connect_timeout": seconds,
     "timeout": seconds,
+    "idle_timeout": seconds,
+    "deadline": seconds,
+    "retry": _retry,
     "drain_timeout": seconds,
     "stop": _choice(*STOP_POLICIES),
     "stop_grace": _duration,
@@ -249,7 +269,8 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
 NODE_OPTIONS = frozenset(
     (
         *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "keep"),
-        *("alive_interval", "connect_timeout", "timeout", "drain_timeout", "stop", "stop_grace", "stop_by", "fresh"),
+        *("alive_interval", "connect_timeout", "timeout", "idle_timeout", "deadline", "drain_timeout", "retry"),
+        *("stop", "stop_grace", "stop_by", "fresh"),
     )
 )
 #: Options that a call of `shell`, `run` or `submit` takes.
@@ -272,6 +293,9 @@ _DEFAULTS: dict[str, Any] = {
     "alive_interval": 30.0,
     "connect_timeout": 10.0,
     "timeout": None,
+    "idle_timeout": None,
+    "deadline": None,
+    "retry": BUSY,
     "drain_timeout": 2.0,
     "stop": "kill",
     "stop_grace": 5.0,
@@ -301,64 +325,6 @@ def parse_option(name: str, value: object, allowed: frozenset[str] = TASK_OPTION
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(allowed))}"
         raise OptionError(f"no such option: {name!r}; {hint}")
     return own, _PARSERS[own](name, value)
-
-
-def command_of(command: object, *, remote: bool, stdin: bool, pty: bool) -> Command:
-    """Return what a session runs, checked as far as it can be before anything is sent.
-
-    Args:
-        command: text or bytes for a shell; or a list of words, which a local command runs without a shell and a
-            remote one hands to the node's shell quoted.
-
-    Raises:
-        CommandError: empty, not a command, with a NUL (sshd would drop the whole connection), not encodable, or
-            longer than a node can take.
-    """
-    if isinstance(command, (str, bytes)):
-        line = _encoded(command)
-        if not line.strip():
-            raise CommandError("the command is empty: say what to run")
-        return Command(line=_fitting(line), stdin=stdin, pty=pty)
-    if isinstance(command, (list, tuple)) and command:
-        words = tuple(_encoded(word) for word in command)
-        if not words[0]:
-            raise CommandError("the first word of the command is empty: say which program to run")
-        if remote:
-            return Command(line=_fitting(b" ".join(map(_shell_quoted, words))), stdin=stdin, pty=pty)
-        return Command(argv=tuple(map(_fitting, words)), stdin=stdin, pty=pty)
-    raise CommandError(f"a command is a text, bytes or a list of words, not {command!r}")
-
-
-def _encoded(text: object) -> bytes:
-    if isinstance(text, os.PathLike):
-        text = os.fspath(text)
-    if isinstance(text, str):
-        try:
-            text = text.encode()
-        except UnicodeEncodeError as error:
-            raise CommandError(
-                f"the command has a character that is no text (at {error.start}); give it as bytes"
-            ) from error
-    if not isinstance(text, bytes):
-        raise CommandError(f"a command is made of text or bytes, not {text!r}")
-    if b"\0" in text:
-        raise CommandError(f"the command has a NUL at {text.index(0)}; no shell can be given that: take it out")
-    return text
-
-
-def _fitting(line: bytes) -> bytes:
-    if len(line) >= COMMAND_LIMIT:
-        raise CommandError(
-            f"command is {len(line):,} bytes; the limit is {COMMAND_LIMIT:,}. "
-            "Send it as a script on standard input, or copy it to the nodes first"
-        )
-    return line
-
-
-def _shell_quoted(word: bytes) -> bytes:
-    if word and not word.strip(b"%+,-./0123456789:=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"):
-        return word
-    return b"'" + word.replace(b"'", b"'\"'\"'") + b"'"
 
 
 @functools.cache
@@ -480,7 +446,10 @@ def _limits(options: Mapping[str, Any]) -> JobOptions:
     return JobOptions(
         connect_timeout=options["connect_timeout"],
         timeout=options["timeout"],
+        idle_timeout=options["idle_timeout"],
+        deadline=options["deadline"],
         drain_timeout=options["drain_timeout"],
         stop=Stop(options["stop"], options["stop_grace"], options["stop_by"]),
         fresh=options["fresh"],
+        retry=options["retry"],
     )

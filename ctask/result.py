@@ -63,11 +63,19 @@ class Timings(Mapping[str, float]):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try of a job: the phase in which it ended, the error that ended it or None, and its timings."""
+    """One try of a job.
+
+    Attributes:
+        phase: in which it ended.
+        error: that ended it, or None.
+        timings: of it alone; for a try that follows another one, `queued` begins with the wait between the two.
+        rc: exit status, as `NodeResult.rc` has it.
+    """
 
     phase: str
     error: NodeError | None
     timings: Timings
+    rc: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +297,7 @@ class NodeResult:
         said = self.why or status_text(self.outcome, self.rc, self.signal)
         return (
             f"<NodeResult {printable(str(self.node))} {said}, {sizes[0]} bytes out, {sizes[1]} err, "
-            f"{self.timings.total:.2f} s, {tries}>"
+            f"{sum(one.timings.total for one in self.attempts):.2f} s, {tries}>"
         )
 
 

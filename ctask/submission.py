@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ctask.buffers import BufferStore, MemoryBudget
+from ctask.command import command_of
 from ctask.errors import CommandError, NodeSetError, OptionError, UsageError
 from ctask.feed import Feed
 from ctask.handler import Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet, NodesLike
 from ctask.nodes.names import check as check_name
-from ctask.options import Call, Command, JobOptions, Options, Target, command_of
+from ctask.options import Call, Command, JobOptions, Options, Target
 from ctask.runtime import Runtime
 from ctask.worker import Worker, add_handlers, text_of
 
@@ -100,7 +101,7 @@ class Submitter:
     def _job(
         self, worker: Worker, node: Any, target: Target, command: Command, limits: JobOptions, now: float, stdin: Stdin
     ) -> Job:
-        feed = _feed(stdin, node)
+        feed = _feed(stdin, node, again=limits.retry is not None and limits.retry.idempotent)
         if feed is None and command.stdin:  # a function gave this node none: it is to read its end at once
             command = dataclasses.replace(command, stdin=False)
         return Job(self._run, worker, node, target, command, limits, now, feed)
@@ -187,13 +188,13 @@ def _per_node(command: Any, count: int, *, stdin: bool, pty: bool) -> Callable[[
     return make
 
 
-def _feed(stdin: Stdin, node: Any) -> Feed | None:
+def _feed(stdin: Stdin, node: Any, *, again: bool) -> Feed | None:
     """Return what feeds one job's standard input; None where it is closed from the start."""
     if callable(stdin):
         stdin = stdin(node)
     if stdin is False or stdin is None:
         return None
-    feed = Feed()
+    feed = Feed(again=again)
     if stdin is True:
         return feed
     if isinstance(stdin, (bytes, bytearray, memoryview)):

@@ -18,12 +18,13 @@ from typing import Any, overload
 
 from ctask import gather
 from ctask.buffers import MemoryBudget
-from ctask.ending import ABORT_WITHIN
+from ctask.ending import ABORT_WITHIN, DEADLINE_WITHIN
 from ctask.engine import Engine
 from ctask.errors import (
     Aborted,
     AlreadyRunningError,
     CommandTimeout,
+    Curable,
     NodeError,
     OptionError,
     TaskError,
@@ -41,10 +42,8 @@ from ctask.worker import Worker
 
 __all__ = ["Task", "task_self"]
 
-#: Seconds after which a run returns when its deadline has passed, or after Ctrl-C; and those after which its jobs
-#: have their outcome, so that their last events are delivered before.
+#: Seconds after which a run returns when its deadline has passed, or after Ctrl-C.
 RETURN_WITHIN = 1.0
-PROMPT_WITHIN = 0.7
 
 _numbers = itertools.count(1)
 _local = threading.local()
@@ -359,7 +358,8 @@ class Task(gather.Gathered):
         try:
             finished = self._mailbox.pump(done, until)
             if not finished:
-                self._end_run(CommandTimeout(f"deadline of {limit:g} s passed"), Outcome.TIMEOUT, done)
+                error = CommandTimeout(f"deadline of {limit:g} s passed", curable=Curable.NEVER)
+                self._end_run(error, Outcome.TIMEOUT, done)
         except BaseException:
             # Ctrl-C, or a handler that wants out: all is ended, and who waits is told. Firmware is not killed for it.
             self._end_run(Aborted("interrupted"), Outcome.ABORTED, done, at_most="term")
@@ -372,7 +372,7 @@ class Task(gather.Gathered):
         self._mailbox.raise_errors()
 
     def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool], at_most: str = "kill") -> None:
-        self._engine.stop(outcome, error, PROMPT_WITHIN, at_most)
+        self._engine.stop(outcome, error, DEADLINE_WITHIN, at_most)
         self._mailbox.pump(done, time.monotonic() + RETURN_WITHIN)
 
     def wait_for(

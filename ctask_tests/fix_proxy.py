@@ -10,10 +10,10 @@ By rules, in front of one node::
     proxy = fault_proxy((sshd.address(3), sshd.port), Rule("down", AtBytes(9_000), Stall()))
     task.node_options("sick", **{**sshd.options(via=proxy.endpoint), "address": proxy.address})
 
-By chance, in front of 120 nodes, in one thread (all on one port, 127.0.2.n before 127.0.1.n)::
+By chance, in front of 200 nodes, in one thread (all on one port, 127.0.2.n before 127.0.1.n)::
 
     mixture = Mixture(seed=7, weights={"none": 60, "delay": 10, "slice": 5, "rst": 10, "stall": 5, "corrupt": 10})
-    fronts = addresses(120)
+    fronts = addresses(200)
     proxy = fault_proxy(
         lambda front: (sshd.address(int(front.rpartition(".")[2])), sshd.port), addresses=fronts, mixture=mixture
     )

@@ -56,7 +56,7 @@ NODES = 254
 #: The variable by which the processes of one server's commands are found again, whoever became their parent.
 MARK = "CTASK_TEST_SSHD"
 
-#: For each keyword sshd takes the first line, and a variant's options stand before these.
+#: A variant's options stand in place of those with the same keyword: of most, but not of all, sshd takes the first.
 CONFIG = """\
 AddressFamily inet
 ListenAddress 0.0.0.0
@@ -303,7 +303,9 @@ class Sshd:
 
     def _launch(self, program: str, host_keys: Iterable[str]) -> None:
         lines = [*self._options, *(f"HostKey {path}" for path in host_keys)]
-        lines.append(CONFIG.format(port=self.port, folder=self.folder, mark=self._mark))
+        given = {option.split()[0].lower() for option in self._options}
+        standard = CONFIG.format(port=self.port, folder=self.folder, mark=self._mark).splitlines()
+        lines += [line for line in standard if line.split()[0].lower() not in given]
         if _knows_penalties(program):
             lines.append("PerSourcePenalties no")
         config = self.folder / "sshd_config"

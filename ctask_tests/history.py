@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ctask import EventHandler, NodeResult, Outcome, Output, Worker
+from ctask import EventHandler, NodeError, NodeResult, Outcome, Output, Worker
 
 __all__ = ["Event", "History", "faults", "numbered"]
 
 #: What each event of a node may only come after.
-RANK = {"pickup": 0, "read": 1, "hup": 2, "done": 3}
+RANK = {"pickup": 0, "read": 1, "retry": 1, "hup": 2, "done": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,9 @@ class History(EventHandler):
 
     def ev_read(self, worker: Worker, node: str, sname: str, msg: Output) -> None:
         self._note("read", node, (sname, bytes(msg)))
+
+    def ev_retry(self, worker: Worker, node: str, attempt: int, error: NodeError, delay: float) -> None:
+        self._note("retry", node, (attempt, error))
 
     def ev_hup(self, worker: Worker, node: str, rc: int) -> None:
         self._note("hup", node, rc)
@@ -123,6 +126,9 @@ def _outcomes(history: History, worker: Worker) -> Iterator[str]:
             yield f"R1: {node}: ev_done was given another result"
         if counts["pickup", node] > 1:
             yield f"R1: {node}: ev_pickup {counts['pickup', node]} times"
+        retries = [event.what[0] for event in history.events if (event.name, event.node) == ("retry", node)]
+        if retries != list(range(1, len(result.attempts))):
+            yield f"R1: {node}: ev_retry {retries} for {len(result.attempts)} tries"
         if counts["hup", node] != (result.rc is not None) or statuses.get(node) != result.rc:
             yield f"R1: {node}: ev_hup {counts['hup', node]} times, {statuses.get(node)} for {result.rc}"
         future = worker.futures[node]
@@ -161,12 +167,20 @@ def _order(history: History, worker: Worker) -> Iterator[str]:
 
 
 def _lines(history: History, worker: Worker, printed: dict[str, bytes]) -> Iterator[str]:
-    """R5: per node and stream, lines in order; all of them where the command ended well, else a beginning."""
+    """R5: per node and stream, lines in order; all of them where the command ended well, else a beginning.
+
+    Of a job that was tried again, each try prints from the beginning, and the last one is stored.
+    """
     heard: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     for event in history.events:
         if event.name == "read":
             stream, line = event.what
             heard[event.node, stream].append(line)
+        elif event.name == "retry":
+            for stream, whole in printed.items():
+                lines = heard.pop((event.node, stream), [])
+                if lines != whole.split(b"\n")[: len(lines)] and not _cut(lines, whole):
+                    yield f"R5: {event.node}: {stream}: lines of an earlier try were lost, doubled or out of order"
     for result in worker.results():
         for stream, whole in printed.items():
             lines = heard[result.node, stream]
@@ -181,8 +195,19 @@ def _lines(history: History, worker: Worker, printed: dict[str, bytes]) -> Itera
             kept = kept if kept[-1] else kept[:-1]
             if lines != kept[: len(lines)]:
                 yield f"{where}: lines were lost, doubled or out of order"
-            if len(lines) < len(kept) and result.node not in history.aborted and result.outcome is not Outcome.ABORTED:
+            muted = result.node in history.aborted or result.outcome is Outcome.ABORTED or _overdue(result)
+            if len(lines) < len(kept) and not muted:
                 yield f"{where}: {len(lines)} lines of {len(kept)} were delivered"
+
+
+def _overdue(result: NodeResult) -> bool:
+    """Whether the job's deadline has passed: what was not read is not delivered."""
+    return result.outcome is Outcome.TIMEOUT and "deadline" in result.why
+
+
+def _cut(lines: list[bytes], whole: bytes) -> bool:
+    """Whether these are the first lines of a stream, the last of them perhaps broken off."""
+    return bool(lines) and whole.startswith(b"\n".join(lines))
 
 
 def _sums(worker: Worker) -> Iterator[str]:

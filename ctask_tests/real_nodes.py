@@ -36,9 +36,9 @@ def task_of(sshd: Sshd) -> Task:
     return task
 
 
-def reach(task: Task, node: str, server: HostileServer) -> None:
+def reach(task: Task, node: str, server: HostileServer, **options: Any) -> None:
     """Let `node` be a hostile server."""
-    task.node_options(node, address=server.address, **server.options())
+    task.node_options(node, address=server.address, **server.options(), **options)
 
 
 def run(task: Task, command: Any, nodes: Any, **options: Any) -> Worker:

@@ -198,7 +198,7 @@ def test_the_last_one_that_leaves_ends_the_connection_in_the_making(sshd: Sshd, 
 
 def test_a_dead_node_fails_for_all_that_wait_for_it(sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     proxy = fault_proxy((sshd.address(NODE), sshd.port), Rule("down", OnMessage(20), Stall()))
-    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address})
+    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address}, retry=None)
     workers = [task.submit("echo never", nodes=SICK) for _ in range(3)]
     wait_until(lambda: proxy.live == 1)
     wait_until(lambda: all(job.phase == "kex" for worker in workers for job in worker.jobs))

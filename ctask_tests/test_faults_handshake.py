@@ -24,6 +24,7 @@ from ctask import (
     NodeError,
     Outcome,
     SessionTimeout,
+    retry,
 )
 from ctask_tests.fix_banner import (
     dripped_banner,
@@ -167,14 +168,20 @@ def test_b07_before_the_login(
     do: Fin | Rst,
     kind: type[NodeError],
     phase: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proxy = fault_proxy((sshd.address(2), sshd.port), Rule(direction, when, do))
+    # What a busy server does to those who have not logged in is tried again.
+    monkeypatch.setattr(retry, "_LEAST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "_MOST_WAIT", 0.02)
+    tries = 1 if phase == "auth" else 3
     with takes(0.0):
         sick = beside(sshd, through(proxy, sshd.options(via=proxy.endpoint))).sick
     assert (type(sick.error), sick.phase) == (kind, phase)
     assert (sick.outcome, sick.rc, sick.ran) == (Outcome.UNREACHED, 255, False)
     assert "dropped by the server" in sick.why or "connection closed" in sick.why or "reset by" in sick.why
-    assert proxy.connections == 1  # nothing is tried again yet
+    assert ("(3 tries, " in sick.why) == (tries == 3)
+    assert proxy.connections == len(sick.attempts) == tries
 
 
 @pytest.mark.parametrize("do", ["fin", "rst"])

@@ -110,7 +110,7 @@ def test_nodes_that_were_not_reached_start_last_the_next_time(sshd: Sshd) -> Non
 
 def test_a_dead_node_is_dialed_again_by_the_next_command(sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     proxy = fault_proxy((sshd.address(2), sshd.port), Rule("down", OnMessage(20), Rst(), only=0))
-    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address})
+    task = task_for(sshd, sick={**sshd.options(via=proxy.endpoint), "address": proxy.address}, retry=None)
     assert Course(task, [SICK, WELL]).end().sick.outcome is Outcome.UNREACHED
     assert Course(task, [SICK, WELL]).end().sick.outcome is Outcome.EXITED
     assert proxy.connections == 2

@@ -74,7 +74,7 @@ def test_d01_a_refused_session_is_told_with_its_reason(
 
 def test_d01_a_refusal_does_not_end_what_runs_on_the_same_connection(task: Task, hostile: HostileFactory) -> None:
     server = hostile(Script(on_open=4, honest=1))
-    reach(task, "sick", server)
+    reach(task, "sick", server, retry=None)
     first = run(task, "first", "sick")
     second = run(task, "second", "sick")
     assert is_well(outcomes(first)["sick"])

@@ -219,7 +219,7 @@ well = task.submit("sleep 0.7; echo ok", nodes="w1")
 if GIVEN["gather"]:
     wait_until(lambda: all(job.capture.total > 2 * MIB for job in worker.jobs))
 else:
-    wait_until(lambda: all(job._store.total > 2 * MIB for job in worker.jobs))
+    wait_until(lambda: all(job._intake._store.total > 2 * MIB for job in worker.jobs))
 began = time.monotonic()
 worker.abort()
 concurrent.futures.wait(worker.futures.values())

@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tenacity import wait_random
 
-from ctask import NodeSet, Outcome, Task, Worker, task_self
+from ctask import NodeSet, Outcome, Retry, Task, Worker, task_self
 from ctask.errors import ConnectionLost
 from ctask.options import Command
 from ctask.testing import FakeTransport, Step
@@ -26,18 +28,27 @@ from ctask_tests.fix_proxy import GENTLE, FaultProxy, Mixture, ProxyFactory, add
 from ctask_tests.fix_sshd import Sshd
 from ctask_tests.history import Event, History, faults, numbered
 
-NODES = 120
+NODES = 200
 #: Lines of each command on each stream, and bytes of a line: some 25 KB, in which most toxics strike.
 LINES = 120
 WIDTH = 100
 PRINTED = {"stdout": numbered(LINES, "o", WIDTH), "stderr": numbered(LINES, "e", WIDTH)}
 WEIGHTS = {"none": 50, "delay": 8, "throttle": 4, "slice": 6, "rst": 12, "fin": 6, "stall": 3, "corrupt": 6}
 
-#: What each node runs: it counts that it was run, and prints.
+#: What each node runs: it counts that it was run, and prints. A third of the nodes ask for another try, at first.
 COMMAND = """\
 set -- $SSH_CONNECTION; echo ran >> {folder}/$3.{number}
 dots={dots}; i=0
-while [ $i -lt {lines} ]; do echo "o$i $dots"; echo "e$i $dots" >&2; i=$((i+1)); done"""
+while [ $i -lt {lines} ]; do echo "o$i $dots"; echo "e$i $dots" >&2; i=$((i+1)); done
+[ $((${{3##*.}} % 3)) != 0 ] || [ $(grep -c ran {folder}/$3.{number}) -ge 2 ] || exit 75"""
+
+#: With what each of three commands is submitted: what is tried unasked; what is asked for, but never twice; what may
+#: run again and again.
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"deadline": 25},
+    {"retry": Retry(4, wait=wait_random(0, 0.3), budget=8), "idle_timeout": 5, "deadline": 20},
+    {"retry": Retry(3, wait=0.1, exit_codes={75}, idempotent=True), "idle_timeout": 6, "timeout": 7},
+)
 
 
 class Meddler(History):
@@ -182,7 +193,7 @@ def test_histories_of_fake_nodes_hold(seed: int) -> None:
         show(seed, faults(meddler, worker, threading.get_ident(), PRINTED))
 
 
-# -- 120 nodes behind a proxy, each connection with a fate of its own -------------------------------------------------
+# -- 200 nodes behind a proxy, each connection with a fate of its own -------------------------------------------------
 
 
 def seeds(*fixed: int) -> list[int]:
@@ -198,13 +209,13 @@ def counted(folder: Path, number: int) -> Counter[str]:
     )
 
 
-def check_runs(worker: Worker, runs: Counter[str]) -> Iterator[str]:
-    """R2: at most once; and what is said of it is so."""
+def check_runs(worker: Worker, runs: Counter[str], *, idempotent: bool) -> Iterator[str]:
+    """R2: at most once, unless it may run again, and then once per try; and what is said of it is so."""
     for result in worker.results():
         count = runs[result.node.replace("127.0.2.", "127.0.1.")]
-        if count > 1:
+        if count > (len(result.attempts) if idempotent else 1):
             yield f"R2: {result.node}: run {count} times: {result!r}"
-        if result.ran is not None and count != result.ran:
+        if result.ran is not None and bool(count) != result.ran:
             yield f"R2: {result.node}: ran is {result.ran}, and it was run {count} times: {result!r}"
 
 
@@ -220,7 +231,7 @@ def set_out(task: Task, sshd: Sshd, proxy: FaultProxy, fronts: list[str]) -> Non
 
 
 def live_through(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
-    """Run three commands on 120 nodes at once, let chance and two meddlers at them, and check all that was seen."""
+    """Run three commands on 200 nodes at once, let chance and two meddlers at them, and check all that was seen."""
     dice = random.Random(seed)
     fronts = addresses(NODES)
     mixture = Mixture(seed=seed, weights=WEIGHTS, span=100_000, seconds=2.0)
@@ -237,7 +248,8 @@ def live_through(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     began = time.monotonic()
     for number, meddler in enumerate(histories):
         command = COMMAND.format(folder=folder, number=number, dots="." * WIDTH, lines=LINES)
-        meddler.worker = task.submit(command, nodes=NodeSet.fromlist(fronts), handler=meddler, stderr=True)
+        nodes = NodeSet.fromlist(fronts)
+        meddler.worker = task.submit(command, nodes=nodes, handler=meddler, stderr=True, **POLICIES[number])
         workers.append(meddler.worker)
     cancelled = dice.choice(fronts)
     histories[0].aborted.add(cancelled)
@@ -251,7 +263,7 @@ def live_through(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     found = [f"R3: it took {elapsed:.1f} s"] if elapsed > 30 else []
     for number, (meddler, worker) in enumerate(zip(histories, workers, strict=True)):
         found += faults(meddler, worker, threading.get_ident(), PRINTED)
-        found += check_runs(worker, counted(folder, number))
+        found += check_runs(worker, counted(folder, number), idempotent=number == 2)
     found += check_the_well(proxy, workers)
     show(seed, found)
 
@@ -270,15 +282,15 @@ def check_the_well(proxy: FaultProxy, workers: list[Worker]) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("seed", seeds(1, 2))
-def test_histories_of_120_nodes_behind_faults_hold(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
+@pytest.mark.parametrize("seed", seeds(1))
+def test_histories_of_200_nodes_behind_faults_hold(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     live_through(seed, sshd, fault_proxy)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("turn", range(30))
-def test_histories_of_120_nodes_behind_faults_hold_by_any_seed(
+def test_histories_of_200_nodes_behind_faults_hold_by_any_seed(
     turn: int, sshd: Sshd, fault_proxy: ProxyFactory
 ) -> None:
     live_through(random.SystemRandom().randrange(1 << 30), sshd, fault_proxy)

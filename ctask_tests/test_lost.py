@@ -174,7 +174,7 @@ def test_connections_that_are_struck_at_any_byte(sshd: Sshd, fault_proxy: ProxyF
     # The handshake has about 4 KB in each direction; what follows is the login and the command.
     mixture = Mixture(11, {toxic: 1.0}, span=12_000, seconds=0.4)
     proxy = fault_proxy(lambda front: behind(sshd, front), addresses=fronts, mixture=mixture)
-    task = sick_task(sshd, proxy, fronts, connect_timeout=2.0)
+    task = sick_task(sshd, proxy, fronts, connect_timeout=2.0, retry=None)
     trace = sshd.folder / f"trace-{toxic}"
     trace.mkdir(mode=0o777)
     trace.chmod(0o777)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from ctask import mailbox
 from ctask.buffers import STDERR, STDOUT, BufferStore, Capture, Loose, MemoryBudget, Output
+from ctask.delivery import LONGEST_LINE, Delivery, LineCutter
 from ctask.gate import AFLOAT, AWAY, SHARE, WIDER, Gate
 from ctask.handler import Handlers
-from ctask.mailbox import LONGEST_LINE, Delivery, LineCutter, Mailbox
+from ctask.mailbox import Mailbox
 
 
 class Worker:
@@ -81,8 +82,15 @@ def feed(box: Mailbox, delivery: Delivery, capture: Capture | Loose, data: bytes
     box.readable(delivery, len(data))
 
 
-def much() -> int:
-    return 1 << 30
+class Waiting:
+    """Somebody who asks for a session of which so much waits for handlers."""
+
+    def __init__(self, size: int = 1 << 30) -> None:
+        self.size = size
+        self.given_at = 0.0
+
+    def waiting(self) -> int:
+        return self.size
 
 
 def loose() -> Loose:
@@ -169,12 +177,12 @@ def test_what_is_muted_is_not_delivered_but_done_is() -> None:
     post, gate = box(limit=10)
     what, delivery = capture(), Delivery(worker, "n1", apart=False)
     feed(post, delivery, what, b"line\n" * 100)
-    delivery.muted = True
+    delivery.mute()
     post.ended(delivery, None, None)  # type: ignore[arg-type]
     post.pump(lambda: "done" in seen)
     assert seen == ["done"]
     gate.begin()
-    assert gate.ask(Session(), much), "what is never read does not hold back others"
+    assert gate.ask(Session(), Waiting()), "what is never read does not hold back others"
 
 
 def test_h01_a_callback_that_raises_is_called_again_and_its_error_is_kept(caplog: pytest.LogCaptureFixture) -> None:
@@ -271,9 +279,9 @@ def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
     clock, session = Clock(), Session()
     gate = gate_of(100, clock)
     gate.more(200)
-    assert gate.ask(session, much), "the owner computes: credit is given"
+    assert gate.ask(session, Waiting()), "the owner computes: credit is given"
     gate.begin()
-    assert not gate.ask(session, much)
+    assert not gate.ask(session, Waiting())
     assert gate.withholds(session)
     gate.less(100)
     assert session.given == 0
@@ -281,13 +289,13 @@ def test_credit_is_withheld_only_while_the_owner_delivers() -> None:
     assert session.given == 1, "below half of the limit it flows again"
     assert not gate.withholds(session)
     gate.more(200)
-    assert not gate.ask(session, much)
+    assert not gate.ask(session, Waiting())
     gate.end()
     assert session.given == 1, "a program that waits in a loop is back in a moment"
     clock.sleep(AWAY)
     assert session.given == 2, "nobody delivers any more"
     gate.more(200)
-    assert gate.ask(session, much)
+    assert gate.ask(session, Waiting())
     assert not clock.calls
 
 
@@ -297,7 +305,7 @@ def test_an_owner_who_waits_in_a_loop_is_not_away() -> None:
     gate.begin()
     gate.more(200)
     for _ in range(20):
-        assert not gate.ask(session, much)
+        assert not gate.ask(session, Waiting())
         gate.end()
         clock.sleep(AWAY * 0.4)
         gate.more(1)
@@ -314,15 +322,15 @@ def test_an_owner_who_waits_in_a_loop_is_not_away() -> None:
 
 def test_a_node_of_which_little_waits_is_not_held_back_by_the_flood_of_another() -> None:
     gate, quiet, busy = gate_of(100), Session(), Session()
-    waits = SHARE
+    reader = Waiting(SHARE)
     gate.more(200 + SHARE)
     gate.begin()
-    assert gate.ask(Session(), lambda: SHARE - 1)
-    assert not gate.ask(busy, much)
-    assert not gate.ask(quiet, lambda: waits)
+    assert gate.ask(Session(), Waiting(SHARE - 1))
+    assert not gate.ask(busy, Waiting())
+    assert not gate.ask(quiet, reader)
     gate.less(1)
     assert (quiet.given, busy.given) == (0, 0)
-    waits = 0
+    reader.size = 0
     gate.less(1)
     assert (quiet.given, busy.given) == (1, 0), "its own lines have been read"
     gate.less(200 + SHARE)
@@ -332,7 +340,7 @@ def test_a_node_of_which_little_waits_is_not_held_back_by_the_flood_of_another()
 def test_credit_is_withheld_while_too_much_is_on_its_way_to_the_store() -> None:
     gate, session = gate_of(100), Session()
     gate.posted(AFLOAT + 1)
-    assert not gate.ask(session, much)
+    assert not gate.ask(session, Waiting())
     gate.landed(AFLOAT // 4)
     assert session.given == 0
     gate.landed(AFLOAT // 2)
@@ -358,7 +366,7 @@ def test_a_flood_into_a_slow_handler_is_read_to_the_last_byte(monkeypatch: pytes
         for _ in range(200):
             assert credit.acquire(timeout=10)
             feed(post, delivery, what, line * 50)
-            if gate.ask(node, much):
+            if gate.ask(node, Waiting()):
                 credit.release()
         what.seal()
         post.ended(delivery, 0, None)  # type: ignore[arg-type]

@@ -102,6 +102,17 @@ def check_watch(run: Run) -> str:
     return "the other 15 said 41 %, which nobody had to read (these nodes have a df of their own)"
 
 
+def make_busy(cluster: EmbeddedCluster) -> None:
+    cluster.command(DEMO, "check-disk", "echo ok")
+    seen = '"${0%/*}/../seen"'
+    cluster.command("demo4", "check-disk", f"echo x >>{seen}; [ $(grep -c x {seen}) -ge 3 ] || exit 75; echo ok")
+
+
+def check_retry(run: Run) -> str:
+    run.expect("demo4  3 tries (75, 75, 0)", "demo[1-3,5-16]  1 try (0,)")
+    return f"a status asked for another try, twice; nobody else waited for it ({run.seconds:.2f} s in all)"
+
+
 def check_uname_gather(run: Run) -> str:
     run.expect(f"{GREEN} {platform.release()}")
     return f"five nodes, one line, cold {run.seconds:.2f} s"
@@ -154,6 +165,7 @@ EXAMPLES = (
     Example("gather", "gather.py", check_gather),
     Example("two commands at once", "two.py", check_two),
     Example("events: say only what is wrong, while it runs", "watch.py", check_watch, fill_scratch),
+    Example("futures and retries: one node is busy at first", "retry.py", check_retry, make_busy),
     Example("ClusterShell's own page: run and gather", "uname_gather.py", check_uname_gather),
     Example("ClusterShell's own page: two commands", "uname_two.py", check_uname_two),
     Example("ClusterShell's own page: a handler", "events_short.py", check_events_short),

@@ -196,6 +196,7 @@ class FakeTransport:
         script: given the node's address and the command, returns the steps of its session; they begin after the
             command was sent. A session that does not end by itself gets `end` after its last step.
         delay: seconds between the start of a session and the sending of its command.
+        refuse: given the same, returns the error by which a session ends before its command is sent; None: it is sent.
 
     Attributes:
         sessions: all that were prepared, in order.
@@ -215,12 +216,14 @@ class FakeTransport:
         script: Script,
         *,
         delay: float = 0.0,
+        refuse: Callable[[str, Command], NodeError | None] = lambda node, command: None,
         end_state: str = "gone",
         end: Endings | None = None,
         end_after: float = 0.0,
     ) -> None:
         self._script = script
         self._delay = delay
+        self._refuse = refuse
         self.end_state = end_state
         self.end = end
         self.end_after = end_after
@@ -322,8 +325,11 @@ class FakeTransport:
         self._at(time.monotonic(), lambda: session.end(error))
 
     def _send(self, session: FakeSession) -> None:
-        if session.over or not session.send():
-            session.end(None)
+        if session.over:
+            return
+        refusal = self._refuse(session.connection.target.address, session.command)
+        if refusal is not None or not session.send():
+            session.end(refusal)
             return
         when = time.monotonic()
         steps = list(self._script(session.connection.target.address, session.command))

@@ -17,6 +17,7 @@ from ctask.errors import (
     BannerError,
     ConnectError,
     ConnectionLost,
+    Curable,
     ExecRefused,
     HandshakeError,
     HostKeyError,
@@ -104,14 +105,15 @@ def no_version(failure: NoVersion) -> NodeError:
     error: ConnectError
     if failure.why == "limit":
         reason = f"no SSH version within {VERSION_LIMIT} bytes; is this an SSH port?"
-        error = BannerError(f"{reason} it says {quoted(said, 60)}", phase="banner", kind=reason)
+        error = BannerError(f"{reason} it says {quoted(said, 60)}", phase="banner", kind=reason, curable=Curable.NAMED)
     elif said and not dropped:
         reason = "no SSH server answers there"
         error = HandshakeError(f"{reason}: it says {quoted(said)}", phase="banner", kind=reason)
     else:
         reason = "connection dropped by the server"
         words = f": {quoted(said)}" if said else ""
-        error = BannerError(f"{reason}{words}. {_BUSY_ADVICE}", phase="banner", kind=reason)
+        text = f"{reason}{words}. {_BUSY_ADVICE}"
+        error = BannerError(text, phase="banner", kind=reason, curable=Curable.BUSY)
     error.__cause__ = failure.__cause__
     return error
 
@@ -129,16 +131,22 @@ def handshake_failed(cause: BaseException | None, said: str) -> NodeError:
     if said:
         text = f"key exchange failed: the server disconnected: {quoted(said)}"
         return _because(HandshakeError(text, phase="kex"), cause)
-    error = HandshakeError(f"key exchange failed: {_broken(cause)}", phase="kex")
-    error.integrity = _is_integrity(cause)
+    # Reset or closed: a server that is busy may do that to a client that has not logged in.
+    curable = Curable.BUSY if cause is None or isinstance(cause, (EOFError, OSError)) else Curable.MAYBE
+    integrity = _is_integrity(cause)
+    error = HandshakeError(
+        f"key exchange failed: {_broken(cause)}", phase="kex", curable=Curable.NEVER if integrity else curable
+    )
+    error.integrity = integrity
     return _because(error, cause)
 
 
 def auth_lost(cause: BaseException | None, said: str) -> NodeError:
     """Return the error for a connection that ended in the login: not a word about the credentials."""
     words = f": {quoted(said)}" if said else ""
-    text = f"{_broken(cause)} during the login{words}"
-    return _because(ConnectionLost(text, phase="auth", kind=f"{_broken(cause)} during the login"), cause)
+    kind = f"{_broken(cause)} during the login"
+    # Trying again could lock the account out.
+    return _because(ConnectionLost(f"{kind}{words}", phase="auth", kind=kind, curable=Curable.NAMED), cause)
 
 
 def lost(cause: BaseException | None, said: str, *, here: bool = False) -> ConnectionLost:
@@ -165,7 +173,9 @@ def open_refused(code: int, text: bytes) -> SessionRefused:
     advice = {2: ". MaxSessions of its sshd is reached?", 4: ". The node is short of resources"}.get(code, "")
     words = "" if text.lower() in (b"", b"open failed", reason.encode()) else f": {quoted(text)}"
     return SessionRefused(
-        f"the node refused to open a session: {reason}{words}{advice}", kind=f"session refused: {reason}"
+        f"the node refused to open a session: {reason}{words}{advice}",
+        kind=f"session refused: {reason}",
+        curable=Curable.BUSY if code in (2, 4) else Curable.NAMED,
     )
 
 

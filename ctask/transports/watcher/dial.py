@@ -23,6 +23,7 @@ from ctask.errors import (
     ConnectError,
     ConnectRefused,
     ConnectTimeout,
+    Curable,
     LocalResource,
     NodeError,
     ResolveError,
@@ -239,7 +240,7 @@ class Dial:
             self._listener.phase("banner")
         elif failure in _RESET:
             self._listener.phase("banner")
-            self._fail(BannerError(_DROPPED, phase="banner"))
+            self._fail(BannerError(_DROPPED, phase="banner", curable=Curable.BUSY))
         else:
             self._note(failure)
             self._next()
@@ -264,7 +265,7 @@ class Dial:
         if first:
             self._listener.spoke()
         else:
-            self._fail(BannerError(_DROPPED, phase="banner"))
+            self._fail(BannerError(_DROPPED, phase="banner", curable=Curable.BUSY))
 
     def _hung(self) -> None:
         with self._lock:
@@ -364,7 +365,8 @@ def _unresolved(cause: OSError | UnicodeError) -> NodeError:
     if isinstance(cause, UnicodeError):
         return _caused(ResolveError("not a name that can be looked up", phase="resolve"), cause)
     text = cause.strerror or str(cause)
-    return _caused(ResolveError(text[:1].lower() + text[1:], phase="resolve"), cause)
+    curable = Curable.BUSY if cause.errno == socket.EAI_AGAIN else Curable.NAMED
+    return _caused(ResolveError(text[:1].lower() + text[1:], phase="resolve", curable=curable), cause)
 
 
 #: Failures of which this machine is short, not the way to the node.
