@@ -137,8 +137,14 @@ class JobMachine(RuleBasedStateMachine):
     @rule(which=st.sampled_from(("too_long", "idle", "overdue", "not_answered")))
     def time_is_up(self, which: str) -> None:
         job = self.job
-        running = which in ("too_long", "idle")  # these count from exec's reply on
-        job.run.post(job, lambda: getattr(job, which)() if not running or job.timeline.phase == "running" else None)
+
+        def pass_by() -> None:
+            # Two count from exec's reply on, one from the moment that the job is taken up.
+            counts = {"too_long": job.timeline.phase == "running", "not_answered": job._begun}
+            if counts.get(which, which == "overdue" or counts["too_long"]):
+                getattr(job, which)()
+
+        job.run.post(job, pass_by)
 
     @rule()
     def has_been_quiet(self) -> None:
