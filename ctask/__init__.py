@@ -45,6 +45,7 @@ from ctask.errors import (
     UsageError,
     WrongThread,
 )
+from ctask.failures import Failures
 from ctask.future import Future, as_completed, wait
 from ctask.handler import Callbacks, EventHandler
 from ctask.nodes import NodeSet
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "Outcome",
     "Output",
     "Group",
+    "Failures",
     "Attempt",
     "Timings",
     # trying again

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ctask.buffers import view
 from ctask.errors import AuthError, BannerError, HandshakeError, HostKeyError, LocalResource, SessionError
-from ctask.gather import Cell, named
+from ctask.failures import failure_of, named
+from ctask.gather import Cell, in_order
 from ctask.result import Ending, Group, NodeResult, processes_text, status_text
 from ctask.states import Outcome
 from ctask.worker import Worker
@@ -159,12 +160,9 @@ class _Row:
 
 
 def _rows(worker: Worker, printed: Container[Any] | None) -> list[_Row]:
-    said = {node: text for (_, _, text), nodes in worker.failures().items() for node in nodes}
     rows: dict[tuple[int, str, str], _Row] = {}
-    # In the order of the nodes: cells stand in that of their starts.
-    place = {node: number for number, node in enumerate(worker.nodes)}
-    for cell in sorted(worker.cells, key=lambda cell: place[cell.node]):
-        what = _what(cell, said, printed)
+    for cell in in_order(worker):
+        what = _what(cell, printed)
         if what:
             result = cell.result
             # By status where there is one; the others in the order of their first nodes.
@@ -177,13 +175,13 @@ def _rows(worker: Worker, printed: Container[Any] | None) -> list[_Row]:
     return [rows[key] for key in sorted(rows, key=lambda key: key[0])]
 
 
-def _what(cell: Cell, said: dict[Any, str], printed: Container[Any] | None) -> str:
+def _what(cell: Cell, printed: Container[Any] | None) -> str:
     """Return what happened to a node; nothing for a plain success."""
     result = cell.result
     if result is None:
         return "not ended"
     if not result.ok:
-        return _line(said.get(cell.node) or result.why)
+        return _line(failure_of(result)[2])
     if result.rc == 0:
         return "exit 0, no output" if _silent(cell, printed) else ""
     return status_text(result.outcome, result.rc)

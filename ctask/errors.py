@@ -50,7 +50,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the records stand above this room; only the checker may look up
@@ -369,10 +369,10 @@ class JobsFailed(CtaskError):
     """Raised once, at the end, by `check=True` and `worker.check()`.
 
     Attributes:
-        failures: mapping of (phase, error class name, text) to the `NodeSet` that it holds for.
+        failures: the `Failures`: (phase, error class name, text) -> the `NodeSet` that it holds for.
     """
 
-    def __init__(self, message: str, failures: dict[tuple[str, str, str], Any]) -> None:
+    def __init__(self, message: str, failures: Mapping[tuple[str, str, str], Any]) -> None:
         super().__init__(message)
         self.failures = failures
 

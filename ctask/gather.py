@@ -11,12 +11,13 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ctask.buffers import STDERR, STDOUT, Capture, Look, Output, view
-from ctask.errors import JobsFailed, printable
+from ctask.errors import JobsFailed
+from ctask.failures import Failures, failure_of, named
 from ctask.nodes import NodeSet
 from ctask.result import Group, NodeResult
 from ctask.states import Outcome
 
-__all__ = ["Cell", "Gathered", "Source", "exit_code", "fold", "named"]
+__all__ = ["Cell", "Gathered", "Source", "exit_code", "groups", "in_order"]
 
 
 class Cell(Protocol):
@@ -31,8 +32,10 @@ class Cell(Protocol):
 
 
 class Source(Protocol):
-    """One worker, as far as its looks are concerned."""
+    """One worker, as far as its looks are concerned; cells stand in the order in which they start."""
 
+    @property
+    def nodes(self) -> Any: ...
     @property
     def cells(self) -> Sequence[Cell]: ...
     @property
@@ -41,9 +44,10 @@ class Source(Protocol):
     def apart(self) -> bool: ...
 
 
-def named(nodes: Iterable[Any], remote: bool) -> Any:
-    """Return a NodeSet of nodes, or a list of the keys of local commands."""
-    return NodeSet.fromlist(nodes) if remote else list(nodes)
+def in_order(source: Source) -> list[Cell]:
+    """Return the cells in the order of their nodes."""
+    place = {node: number for number, node in enumerate(source.nodes)}
+    return sorted(source.cells, key=lambda cell: place[cell.node])
 
 
 class _Pile:
@@ -181,14 +185,14 @@ class Gathered(abc.ABC):
             if cell.result is not None and cell.result.outcome is Outcome.TIMEOUT:
                 yield cell.node
 
-    def failures(self) -> dict[tuple[str, str, str], Any]:
-        """Return what went wrong: (phase, error class, text) -> nodes; jobs that have not ended are in none."""
-        found: dict[tuple[str, str, str], dict[Any, bool]] = {}
-        for source, cell in self._cells():
-            result = cell.result
-            if result is not None and not result.ok:
-                found.setdefault(_failure(result), {})[cell.node] = source.remote
-        return {key: named(nodes, all(nodes.values())) for key, nodes in found.items()}
+    def failures(self) -> Failures:
+        """Return what went wrong, folded: (phase, error class, text) -> nodes; what has not ended is in none."""
+        return Failures.fold(
+            (cell.result, source.remote)
+            for source in self._sources()
+            for cell in in_order(source)
+            if cell.result is not None
+        )
 
     def check(self) -> None:
         """Return if every job has ended well.
@@ -198,7 +202,7 @@ class Gathered(abc.ABC):
         """
         failures = self.failures()
         if failures:
-            raise JobsFailed(f"{fold(failures)}", failures)
+            raise JobsFailed(str(failures), failures)
 
 
 def _match(keys: object) -> Container[Any] | None:
@@ -211,23 +215,6 @@ def _match(keys: object) -> Container[Any] | None:
     if isinstance(keys, Container):
         return keys
     raise TypeError(f"match_keys is a node set or a collection of keys, not {keys!r}")
-
-
-def _failure(result: NodeResult) -> tuple[str, str, str]:
-    error = result.error
-    if error is None:
-        return "running", "CommandFailed", result.why or "exit 0, not in ok_codes"
-    return error.phase, type(error).__name__, error.folded()
-
-
-def fold(failures: dict[tuple[str, str, str], Any]) -> str:
-    """Return failures as one line: ``tcp: refused: n[3,9] · exit 1: n17``."""
-    parts = sorted(failures.items(), key=lambda item: -len(item[1]))
-    return " · ".join(f"{text}: {_listed(nodes)}" for (_, _, text), nodes in parts)
-
-
-def _listed(nodes: Any) -> str:
-    return str(nodes) if isinstance(nodes, NodeSet) else printable(",".join(map(str, nodes)))
 
 
 class _Seen:
@@ -270,14 +257,14 @@ def groups(source: Source) -> list[Group]:
     for place, cell in enumerate(source.cells):
         result = cell.result
         key, look = seen.of(cell)
-        end = (result.outcome, result.rc, _failure(result) if not result.ok else ()) if result is not None else None
+        end = (result.outcome, result.rc, failure_of(result) if not result.ok else ()) if result is not None else None
         pile = piles.setdefault((end, key), (place, [], look, cell))
         pile[1].append(cell.node)
     found = []
     for _, nodes, look, cell in sorted(piles.values(), key=lambda pile: (-len(pile[1]), pile[0])):
         result = cell.result
         output = look if look is not None else Output(b"")
-        why = _failure(result)[2] if result is not None and result.error is not None else ""
+        why = failure_of(result)[2] if result is not None and result.error is not None else ""
         if result is not None and result.error is None:
             why = result.why
         outcome, rc = (result.outcome, result.rc) if result is not None else (None, None)

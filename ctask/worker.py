@@ -20,6 +20,7 @@ from ctask import gather
 from ctask.buffers import BufferStore, Output
 from ctask.ending import ABORT_WITHIN
 from ctask.errors import Aborted, OptionError
+from ctask.failures import named
 from ctask.future import Admission, Future
 from ctask.handler import EVENTS, Handlers
 from ctask.job import Job
@@ -382,7 +383,7 @@ class Worker(gather.Gathered):
     @property
     def pending(self) -> Any:
         """Nodes that have not ended."""
-        return gather.named((job.node for job in self._jobs if job.result is None), self.remote)
+        return named((job.node for job in self._jobs if job.result is None), self.remote)
 
     def did_timeout(self) -> bool:
         """Whether any node timed out."""
@@ -390,7 +391,7 @@ class Worker(gather.Gathered):
 
     def _those(self, wanted: Callable[[NodeResult], bool]) -> Any:
         chosen = (job.node for job in self._jobs if job.result is not None and wanted(job.result))
-        return gather.named(chosen, self.remote)
+        return named(chosen, self.remote)
 
     def counts(self) -> str:
         """Return how the jobs stand, in a few words: ``89 exit 0 · 1 exit 1 · 1 running · 5 in trouble``."""

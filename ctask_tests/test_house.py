@@ -45,6 +45,7 @@ FLOORS = {
     "handler": 1,
     "retry": 1,
     "command": 1,
+    "failures": 2,
     "plan": 2,
     "gate": 1,
     "delivery": 2,
@@ -85,7 +86,7 @@ FLOORS = {
 RECORDS = {"errors", "nodes", "options", "events", "result", "states"}
 
 #: What users may import: the face, and the names that they meet in signatures.
-PUBLIC = RECORDS | {FACE, "buffers", "handler", "retry", "future", "worker", "task"}
+PUBLIC = RECORDS | {FACE, "buffers", "failures", "handler", "retry", "future", "worker", "task"}
 
 #: Rooms that may know less than every floor below them (and their own).
 ONLY = {
@@ -95,6 +96,7 @@ ONLY = {
     "handler": RECORDS | {"buffers"},
     "retry": {"errors", "states"},
     "command": {"errors", "options"},
+    "failures": RECORDS,
     "plan": RECORDS,
     "delivery": RECORDS | {"buffers", "handler"},
     "mailbox": RECORDS | {"buffers", "delivery", "gate"},

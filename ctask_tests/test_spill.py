@@ -69,6 +69,10 @@ class Source:
     remote: bool = False
     apart: bool = False
 
+    @property
+    def nodes(self) -> list[Any]:
+        return [cell.node for cell in self.cells]
+
 
 @dataclass
 class Ended:
