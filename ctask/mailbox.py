@@ -174,6 +174,12 @@ class Mailbox:
             if until is not None and time.monotonic() >= until:
                 return done()
 
+    def turn(self, seconds: float) -> bool:
+        """Run handlers of what waits, for about so many seconds, and never wait; return whether there is more."""
+        if self._entries and not self.busy:
+            self._deliver(lambda: False, time.monotonic() + seconds)
+        return bool(self._entries)
+
     def _wait(self, done: Callable[[], bool], until: float | None) -> bool:
         # The handler's own wait: credit flows meanwhile, else the job that it waits for could be held back by it.
         self._gate.end()

@@ -10,21 +10,22 @@ import dataclasses
 import itertools
 import os
 import re
+import shlex
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctask.buffers import BufferStore, MemoryBudget
+from ctask.buffers import BufferStore, MemoryBudget, Output
 from ctask.command import command_of
 from ctask.errors import CommandError, NodeSetError, OptionError, UsageError
 from ctask.feed import Feed
-from ctask.handler import Handlers
+from ctask.handler import EVENTS, Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet, NodesLike
 from ctask.nodes.names import check as check_name
 from ctask.options import Call, Command, JobOptions, Options, Target
 from ctask.runtime import Runtime
-from ctask.worker import Worker, add_handlers, text_of
+from ctask.worker import Worker
 
 __all__ = ["GIVEN_NOT", "MOST_NODES", "CommandLike", "Stdin", "Submitter", "node_set", "read_once"]
 
@@ -72,7 +73,7 @@ class Submitter:
         callbacks = {name: arguments.pop(name) for name in list(arguments) if name.startswith("on_")}
         call = self._options.call(arguments)
         handlers = Handlers()
-        add_handlers(handlers, handler, callbacks)
+        _add_handlers(handlers, handler, callbacks)
         remote = nodes is not GIVEN_NOT
         if remote and key is not None:
             raise OptionError("key is the label of a local command; a command on nodes has none")
@@ -81,7 +82,7 @@ class Submitter:
             self._task,
             self._run,
             next(self._numbers),
-            text_of(command),
+            _text_of(command),
             remote=remote,
             apart=call.get("stderr"),
             ok_codes=call.get("ok_codes"),
@@ -223,3 +224,22 @@ def read_once(stdin: Stdin) -> Stdin:
         return stdin
     data = read()
     return data.encode() if isinstance(data, str) else data
+
+
+def _text_of(command: Any) -> str:
+    """Return a command as people read it."""
+    if isinstance(command, (list, tuple)):
+        return shlex.join(str(Output(word)) if isinstance(word, bytes) else str(word) for word in command)
+    return str(Output(command)) if isinstance(command, bytes) else str(command)
+
+
+def _add_handlers(handlers: Handlers, handler: object, callbacks: dict[str, object]) -> None:
+    """Register an object, then functions given as `on_read=…`."""
+    if handler is not None:
+        handlers.add_object(handler)
+    for name, callback in callbacks.items():
+        event = name.removeprefix("on_")
+        if event not in EVENTS:
+            raise OptionError(f"no such event: {name}; there are: {', '.join('on_' + event for event in EVENTS)}")
+        if callback is not None:
+            handlers.add(event, callback)

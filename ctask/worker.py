@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import shlex
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ctask import gather
 from ctask.buffers import BufferStore, Output
 from ctask.ending import ABORT_WITHIN
-from ctask.errors import Aborted, OptionError
+from ctask.errors import Aborted, OptionError, TaskError
 from ctask.failures import named
 from ctask.future import Admission, Future
-from ctask.handler import EVENTS, Handlers
+from ctask.handler import Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet
 from ctask.options import seconds
@@ -53,6 +53,10 @@ class Worker(gather.Gathered):
 
     Iterating over it gives its futures. As a context manager it waits on leaving, and aborts when an exception leaves
     the block. Dropping it frees its output; results that the program keeps, keep their own.
+
+    Under asyncio, `await worker` returns all results in the order of the nodes, and `async for result in worker` gives
+    each as it ends; neither raises for a node. They leave the loop to others; where its thread is the task's own, the
+    handlers run there meanwhile. Cancelling what awaits only stops the waiting; `async with worker:` is as `with`.
 
     Attributes:
         number: counts the workers of the task, from 1.
@@ -97,6 +101,8 @@ class Worker(gather.Gathered):
         self._started = False
         self._closed = False
         self._watched = False
+        # Called by the dispatcher after each end; put in and taken out by coroutines of other threads' loops.
+        self._told: list[Callable[[], None]] = []
         self._began_at = time.monotonic()
         self._closed_at: float | None = None
 
@@ -175,6 +181,8 @@ class Worker(gather.Gathered):
             self._ended.append(result)
             if last or future.watched or self._watched:
                 self._run.mailbox.notify()
+            for tell in tuple(self._told):
+                tell()
 
     def _close(self) -> bool:
         self._closed = True
@@ -205,7 +213,8 @@ class Worker(gather.Gathered):
         until = None if limit is None else time.monotonic() + limit
         waited = self.task.wait_for(self.done, until, lambda: self.closed, begun=self._begun())
         if waited is None:
-            concurrent.futures.wait(self.futures.values(), limit)
+            # A future is done a moment before `done()` counts it.
+            return not concurrent.futures.wait(self.futures.values(), limit).not_done
         return self.done()
 
     def _begun(self) -> bool:
@@ -240,14 +249,15 @@ class Worker(gather.Gathered):
             yield self._ended[given]
             given += 1
 
-    def result(self, node: Any) -> NodeResult:
-        """Return a node's result, waiting for it.
+    def result(self, node: Any, timeout: float | None = None) -> NodeResult:
+        """Return a node's result, waiting for it at most `timeout` seconds.
 
         Raises:
             NodeError: the command could not be run to its end.
+            TimeoutError: the time to wait is over; the job goes on.
             KeyError: the worker has no such node.
         """
-        return self.futures[node].result()
+        return self.futures[node].result(timeout)
 
     def __iter__(self) -> Iterator[Future]:
         return iter(self.futures.values())
@@ -264,9 +274,61 @@ class Worker(gather.Gathered):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.abort()
-        self.wait()
+        try:
+            if kind is None:
+                self.wait()
+        except BaseException as late:
+            kind = type(late)
+            raise
+        finally:
+            if kind is not None:
+                self._left_by(kind)
+                self.wait()
+
+    def _left_by(self, kind: type[BaseException]) -> None:
+        # As for a run: Ctrl-C, which asyncio makes a cancellation, sends no KILL.
+        self._end(self._jobs, "kill" if issubclass(kind, Exception) else "term")
+
+    # -- under asyncio ---------------------------------------------------------------------------------------
+
+    def __await__(self) -> Generator[Any, None, list[NodeResult]]:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> list[NodeResult]:
+        own = threading.current_thread() is self.task.thread
+        await self._wait_until((lambda: self.closed) if own else self.done)
+        return [cell.result for cell in gather.in_order(self) if cell.result is not None]
+
+    async def __aiter__(self) -> AsyncIterator[NodeResult]:
+        self._watched = True
+        for given in range(len(self._jobs)):
+            await self._wait_until(lambda: len(self._ended) > given)  # noqa: B023 (awaited here)
+            yield self._ended[given]
+
+    async def _wait_until(self, done: Callable[[], bool]) -> None:
+        from ctask import aio
+
+        own = threading.current_thread() is self.task.thread
+        if own and not done() and not self._begun():
+            raise TaskError("this is scheduled and does not run yet: submit() in place of shell() starts at once")
+        await aio.wait_until(done, mailbox=self._run.mailbox, owner=self.task.thread, told=self._told)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                await self
+        except BaseException as late:
+            kind = type(late)
+            raise
+        finally:
+            if kind is not None:
+                self._left_by(kind)
+                await self
 
     # -- steering --------------------------------------------------------------------------------------------
 
@@ -287,11 +349,13 @@ class Worker(gather.Gathered):
         Raises:
             KeyError: the worker has no such node.
         """
-        chosen = self._chosen(nodes)
-        for job in chosen:
+        self._end(self._chosen(nodes), "kill")
+
+    def _end(self, jobs: Sequence[Job], at_most: str) -> None:
+        for job in jobs:
             self.futures[job.node].take_back()
         # One post: between several, what waits would begin in the slots of what was ended.
-        self._run.post(None, _abort_each, chosen)
+        self._run.post(None, _abort_each, jobs, at_most)
 
     def write(self, data: bytes | str, nodes: Any = None) -> None:
         """Add to the standard input of these nodes' commands, or of all. Never waits.
@@ -420,30 +484,11 @@ class Worker(gather.Gathered):
         return f"<Worker {self.number} {shown!r}{nodes}: {self.counts()}, {self.elapsed:.1f} s>"
 
 
-def _abort_each(jobs: Sequence[Job]) -> None:
+def _abort_each(jobs: Sequence[Job], at_most: str) -> None:
     """End these jobs. Dispatcher."""
     for job in jobs:
         try:
-            job.stop(Outcome.ABORTED, Aborted(), ABORT_WITHIN)
+            job.stop(Outcome.ABORTED, Aborted(), ABORT_WITHIN, at_most)
         except Exception as error:
             log.exception("aborting %r failed", job)
             job.broken(error)
-
-
-def text_of(command: Any) -> str:
-    """Return a command as people read it."""
-    if isinstance(command, (list, tuple)):
-        return shlex.join(str(Output(word)) if isinstance(word, bytes) else str(word) for word in command)
-    return str(Output(command)) if isinstance(command, bytes) else str(command)
-
-
-def add_handlers(handlers: Handlers, handler: object, callbacks: dict[str, object]) -> None:
-    """Register an object, then functions given as `on_read=…`."""
-    if handler is not None:
-        handlers.add_object(handler)
-    for name, callback in callbacks.items():
-        event = name.removeprefix("on_")
-        if event not in EVENTS:
-            raise OptionError(f"no such event: {name}; there are: {', '.join('on_' + event for event in EVENTS)}")
-        if callback is not None:
-            handlers.add(event, callback)

@@ -51,6 +51,7 @@ FLOORS = {
     "delivery": 2,
     "mailbox": 2,
     "dispatcher": 2,
+    "aio": 3,
     "transports": 3,
     "transports.base": 3,
     "transports.watcher": 3,
@@ -100,6 +101,7 @@ ONLY = {
     "plan": RECORDS,
     "delivery": RECORDS | {"buffers", "handler"},
     "mailbox": RECORDS | {"buffers", "delivery", "gate"},
+    "aio": {"mailbox"},
     "job": {room for room, floor in FLOORS.items() if floor <= 2}
     | {"transports.base", "runtime", "feed", "attempt", "ending", "intake", "tries"},
     "transfer": {room for room, floor in FLOORS.items() if floor <= 2} | {"transports.base", "job"},

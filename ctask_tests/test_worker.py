@@ -217,6 +217,25 @@ def test_wait_only_waits(task: Task, fake: FakeTransport) -> None:
     assert worker.wait()
 
 
+@pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt])
+@pytest.mark.parametrize("inside", [True, False], ids=["in the block", "while it waits on leaving"])
+def test_a_block_that_an_exception_leaves_aborts(
+    task: Task, fake: FakeTransport, kind: type[BaseException], inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[BaseException] = [] if inside else [kind()]
+    monkeypatch.setattr(Worker, "wait", lambda self, wait=Worker.wait: _raise(waits.pop()) if waits else wait(self))
+    with pytest.raises(kind), task.submit("x", nodes="hang") as worker:  # noqa: PT012 (the block is the subject)
+        wait_until(worker.futures["hang"].running)
+        if inside:
+            raise kind
+    assert worker.futures["hang"].cancelled()
+    assert [end.stop.policy for end in fake.ends] == ["kill" if kind is LookupError else "term"]
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 def test_after_wait_the_handlers_have_been_called(task: Task, fake: FakeTransport) -> None:
     story = Recorder()
     with task.submit("x", nodes="n[1-50]", handler=story) as worker:
