@@ -45,6 +45,7 @@ from ctask.errors import (
     UsageError,
     WrongThread,
 )
+from ctask.executor import ClusterExecutor
 from ctask.failures import Failures
 from ctask.future import Future, as_completed, wait
 from ctask.handler import Callbacks, EventHandler
@@ -68,6 +69,7 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "Future",
     "wait",
     "as_completed",
+    "ClusterExecutor",
     # events
     "EventHandler",
     "Callbacks",

@@ -7,6 +7,7 @@ Any thread may look at any time: what runs still shows what is there now.
 from __future__ import annotations
 
 import abc
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from ctask.nodes import NodeSet
 from ctask.result import Group, NodeResult
 from ctask.states import Outcome
 
-__all__ = ["Cell", "Gathered", "Source", "exit_code", "groups", "in_order"]
+__all__ = ["Cell", "Gathered", "Source", "counts", "exit_code", "groups", "in_order"]
 
 
 class Cell(Protocol):
@@ -281,3 +282,19 @@ def exit_code(results: Iterable[NodeResult | None]) -> int:
         if not result.ok:
             code = 1
     return code
+
+
+def counts(results: Iterable[NodeResult | None]) -> str:
+    """Return how jobs stand, in a few words: ``89 exit 0 · 1 exit 1 · 1 running · 5 in trouble``."""
+    exits: Counter[int] = Counter()
+    trouble = running = 0
+    for result in results:
+        if result is None:
+            running += 1
+        elif result.outcome is Outcome.EXITED and result.rc is not None:
+            exits[result.rc] += 1
+        else:
+            trouble += 1
+    parts = [f"{exits[code]} exit {code}" for code in sorted(exits)]
+    parts += [f"{running} running"] * bool(running) + [f"{trouble} in trouble"] * bool(trouble)
+    return " · ".join(parts) or "no nodes"

@@ -11,7 +11,6 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -357,6 +356,17 @@ class Worker(gather.Gathered):
         # One post: between several, what waits would begin in the slots of what was ended.
         self._run.post(None, _abort_each, jobs, at_most)
 
+    def withdraw(self) -> None:
+        """End the jobs that have not begun; what is on its way to a node, or runs there, goes on. Never waits."""
+        for future in self:
+            future.take_back()
+        self._run.post(None, self._withdraw)
+
+    def _withdraw(self) -> None:
+        futures = self.futures
+        waiting = [job for job in self._jobs if not (futures[job.node].running() or futures[job.node].done())]
+        _abort_each(waiting, "kill")
+
     def write(self, data: bytes | str, nodes: Any = None) -> None:
         """Add to the standard input of these nodes' commands, or of all. Never waits.
 
@@ -459,19 +469,7 @@ class Worker(gather.Gathered):
 
     def counts(self) -> str:
         """Return how the jobs stand, in a few words: ``89 exit 0 · 1 exit 1 · 1 running · 5 in trouble``."""
-        exits: Counter[int] = Counter()
-        trouble = running = 0
-        for job in self._jobs:
-            result = job.result
-            if result is None:
-                running += 1
-            elif result.outcome is Outcome.EXITED and result.rc is not None:
-                exits[result.rc] += 1
-            else:
-                trouble += 1
-        parts = [f"{exits[code]} exit {code}" for code in sorted(exits)]
-        parts += [f"{running} running"] * bool(running) + [f"{trouble} in trouble"] * bool(trouble)
-        return " · ".join(parts) or "no nodes"
+        return gather.counts(job.result for job in self._jobs)
 
     @property
     def elapsed(self) -> float:

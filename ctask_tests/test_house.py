@@ -75,6 +75,7 @@ FLOORS = {
     "roster": 6,
     "submission": 6,
     "task": 6,
+    "executor": 7,
     "closing": 7,
     FACE: 7,
     "display": 7,
