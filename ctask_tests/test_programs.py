@@ -135,6 +135,20 @@ def test_several_of_an_event_are_called_in_the_order_of_registration(task: Task)
     assert heard == ["object", "argument", "on"]
 
 
+@pytest.mark.parametrize("name", ["awaiting", "executor"])
+def test_the_examples_with_futures_print_a_line_per_node(
+    task: Task, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    printed = capsys.readouterr().out.splitlines()
+    said = [f"{node}: {RELEASE}" for node in NODES]
+    if name == "awaiting":
+        assert sorted(printed[:-1]) == sorted(said)
+        assert printed[-1] == "4 4"
+    else:
+        assert printed == [*said, processor()]
+
+
 @pytest.mark.parametrize("name", ["uname_gather", "uname_two", "events_short", "events_full", "events_callbacks"])
 def test_the_examples_are_these_programs(task: Task, capsys: pytest.CaptureFixture[str], name: str) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"))
