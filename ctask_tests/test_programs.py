@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import runpy
 import subprocess
 from collections.abc import Iterator
@@ -162,3 +163,17 @@ def test_the_examples_are_these_programs(task: Task, capsys: pytest.CaptureFixtu
         assert printed == expected[name]
     else:
         assert sorted(printed[: len(NODES)]) == said
+
+
+README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "demo[" in block]
+
+
+@pytest.mark.slow
+def test_the_programs_of_the_readme_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS) >= 6, "these are the programs that can be typed in `make shell`"
+    with EmbeddedCluster("demo[1-16]") as cluster:
+        cluster.use(task_self())
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+            assert capsys.readouterr().out, block
