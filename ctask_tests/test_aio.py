@@ -513,5 +513,5 @@ def test_a_task_that_fails_tells_who_awaits(task: Task, fake: FakeTransport, cap
 
     results = run(main)
     assert {result.node: result.outcome for result in results} == {"late": Outcome.EXITED, "hang": Outcome.LOST}
-    assert task.failed
+    wait_until(lambda: task.failed)
     caplog.clear()
