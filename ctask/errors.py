@@ -6,6 +6,11 @@
     CtaskError
     ├─ UsageError(ValueError)          what the caller asked for cannot be right; raised in the caller, before a packet
     │  ├─ NodeSetError                 a node set that cannot be read
+    │  │  ├─ NodeSetParseError         its text; `position` says where
+    │  │  │  └─ NodeSetParseRangeError the numbers in it
+    │  │  │     └─ RangeSetParseError  the text of a `RangeSet`
+    │  │  └─ NodeSetExternalError      its groups: a source that is not there, or that does not answer
+    │  │     └─ NoSuchGroup            a group that its source has not
     │  ├─ NodeNameError                a name that no node may have
     │  ├─ CommandError                 a command that cannot be sent
     │  └─ OptionError                  an option that is unknown, or has no such value
@@ -83,10 +88,15 @@ __all__ = [
     "JobsFailed",
     "LocalResource",
     "NoCredentials",
+    "NoSuchGroup",
     "NodeError",
     "NodeNameError",
     "NodeSetError",
+    "NodeSetExternalError",
+    "NodeSetParseError",
+    "NodeSetParseRangeError",
     "OptionError",
+    "RangeSetParseError",
     "ResolveError",
     "SessionError",
     "SessionRefused",
@@ -117,15 +127,52 @@ class NodeSetError(UsageError):
         reason: what is wrong with it, and what to do.
     """
 
+    #: what the text should have been
+    subject = "node set"
+
     def __init__(self, text: str, position: int | None, reason: str) -> None:
         where = "" if position is None else f" at position {position + 1}"
-        super().__init__(f"bad node set {_quoted(text)}{where}: {reason}")
+        super().__init__(f"bad {self.subject} {_quoted(text)}{where}: {reason}")
         self.text = text
         self.position = position
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text, self.position, self.reason)
+
+
+class NodeSetParseError(NodeSetError):
+    """Text that is no node set; `position` is where it stops being one."""
+
+
+class NodeSetParseRangeError(NodeSetParseError):
+    """Numbers of a node set that are none, or that are in no order."""
+
+
+class RangeSetParseError(NodeSetParseRangeError):
+    """Text that is no `RangeSet`."""
+
+    subject = "range set"
+
+
+class NodeSetExternalError(NodeSetError):
+    """What a node set needs of node groups cannot be had: the message is `reason` alone.
+
+    Args:
+        reason: what happened, and what to do.
+        text: the group, as `@group` or `@source:group`, or whatever else was asked for.
+    """
+
+    def __init__(self, reason: str, text: str = "") -> None:
+        super().__init__(text, None, reason)
+        self.args = (printable(reason),)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.text)
+
+
+class NoSuchGroup(NodeSetExternalError):
+    """A group that its source has not."""
 
 
 class NodeNameError(UsageError):
