@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Node sets: ``green[36-39,133]`` as a set of names.
 
-From the ground up: `names` (which names a node may have), `space` (sets of numbers, kept as ranges),
-`grammar` (text to patterns and numbers), `nodeset` (`NodeSet`, what programs use).
+From the ground up: `names` (which names a node may have), `space` (sets of numbers, kept as ranges), `ranges` (ranges
+as text), `order` (one after the other), `signs` (negative numbers), `wild` (wildcards), `grammar` (text to patterns and
+numbers), `resolving` (who knows node groups), `lookup` (groups within groups), `algebra` (operators), `nodeset`
+(`NodeSet`, what programs use), `regroup` (sets as groups).
 
-Runs in any thread: no threads, no sockets, no files, and no state but that of each `NodeSet`.
+Runs in any thread: no threads, no sockets, and no state but that of each set and the process's resolver of groups.
 """
 
-from ctask.nodes.nodeset import NodeSet, NodesLike, fold
+from ctask.nodes.nodeset import NodeSet, NodesLike, expand, fold
+from ctask.nodes.resolving import RESOLVER_NOGROUP, Resolver, grouplist, set_std_group_resolver, std_group_resolver
 
-__all__ = ["NodeSet", "NodesLike", "fold"]
+__all__ = [
+    "RESOLVER_NOGROUP",
+    "NodeSet",
+    "NodesLike",
+    "Resolver",
+    "expand",
+    "fold",
+    "grouplist",
+    "set_std_group_resolver",
+    "std_group_resolver",
+]

@@ -5,12 +5,14 @@
 
     set     = [operand {operator operand}]     operators: "," and, "!" without, "&" in both,
                                                "^" in one only; from left to right
-    operand = one or more of: text, digits, "[" range {"," range} "]"
-    range   = number | number "-" number ["/" step]
+    operand = nodes | "@" group | "@" source ":" group | "@*" | "@" source ":*" | "@@" | "@@" source
+    nodes   = one or more of: text, digits, "[" ranges "]", "*", "?"
+    group   = one or more of: text, digits, "[" ranges "]"
 
 Every run of digits is a number of its own, with its padding: ``n1`` is ``n[1]``, ``a1b2`` has two dimensions.
 Digits before a bracket are put before its numbers, digits after it behind them: ``n1[2-3]0`` is
-``n[120,130]``.
+``n[120,130]``. Ranges are those of `ctask.nodes.ranges`. ``@*`` is all nodes of a source, and ``@@`` the names of its
+groups; an operand with ``*`` or ``?`` is those of all nodes that it matches. Groups are what `Groups` says.
 
 Nothing here takes memory in proportion to a number that is written in the text.
 
@@ -20,45 +22,43 @@ Runs in any thread; a `Gather` belongs to the call that made it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import TypeAlias, cast
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, product
+from typing import Protocol, TypeAlias, cast
 
-from ctask.errors import NodeNameError, NodeSetError
+from ctask.errors import NodeNameError, NodeSetError, NodeSetParseError, NodeSetParseRangeError
 from ctask.nodes import names
+from ctask.nodes.ranges import BLANK, MAX_STEPPED, RangeReader
+from ctask.nodes.signs import NO_SIGNS, Signs, unsigned
 from ctask.nodes.space import (
     EMPTY,
     LEAF,
     Axis,
     Budget,
     Op,
+    Patterns,
     Space,
-    Span,
+    Template,
     TooManyPieces,
     box,
     coalesce,
     code,
     merge,
     numbers,
-    pieces,
     points,
-    ranges_of,
+    size,
     union,
 )  # fmt: skip
+from ctask.nodes.wild import Part, parts_of_text
 
-__all__ = ["Gather", "Patterns", "Template", "apply", "combine", "parse", "split_name"]
+__all__ = ["TOO_MANY_PIECES", "Gather", "Groups", "Parsed", "apply", "combine", "parse", "split_name"]
 
-#: the text of a name before, between and after its numbers
-Template: TypeAlias = tuple[str, ...]
-#: what a node set is: the numbers of each pattern; never with an empty space
-Patterns: TypeAlias = dict[Template, Space]
-
-#: numbers that steps, and digits after brackets, may write out in one text; these do not stay ranges
-MAX_STEPPED = 100_000
+#: patterns, and which of their numbers were written with a sign
+Parsed: TypeAlias = "tuple[Patterns, Signs]"
 
 TOO_MANY_PIECES = "its ranges overlap in too many ways; use fewer of them at once"
 
 _DIGITS = "0123456789"
-_BLANK = " \t\r\n"
 _NUMBER = re.compile("([0-9]+)")
 # what makes a text more than one plain name; the comma is looked at apart
 _SPECIAL = re.compile(r"[][!&^@*?\s]")
@@ -66,10 +66,30 @@ _OPERAND = re.compile(r"(?:[^][,!&^]+|\[[^][]*\])*")
 _SLOT = re.compile(r"((?:[0-9]|\[[^][]*\])+)")
 _BRACKET = re.compile(r"([0-9]*)\[([^][]*)\]([0-9]*)")
 _WILD = re.compile(r"[*?]")
-_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+)(?:/([0-9]+))?)?")
+_NOT_IN_GROUPS = re.compile(r"[\s*?@\x00-\x1f\x7f]")
 
 
-def parse(text: str) -> Patterns:
+class Groups(Protocol):
+    """What the grammar asks of node groups; a source that is None is the one that the text stands in."""
+
+    def of_group(self, group: str, source: str | None) -> Parsed:
+        """Return the nodes of a group."""
+
+    def of_all(self, source: str | None) -> Parsed:
+        """Return all nodes of a source."""
+
+    def of_names(self, source: str | None) -> Parsed:
+        """Return the names of the groups of a source, as a node set."""
+
+    def matching(self, parts: list[Part]) -> Parsed:
+        """Return those of all nodes that a wildcard matches."""
+
+
+#: makes what the grammar asks, when it first has to
+MakeGroups: TypeAlias = Callable[[], Groups]
+
+
+def parse(text: str, groups: MakeGroups) -> Parsed:
     """Return the patterns of a node set; those of an empty text, or of blanks, are none.
 
     Raises:
@@ -77,10 +97,10 @@ def parse(text: str) -> Patterns:
         NodeNameError: a name in it is one that no node may have.
     """
     if not _SPECIAL.search(text):
-        return _parse_names(text)
-    if not text.strip(_BLANK):
-        return {}
-    return _Parser(text).patterns()
+        return _parse_names(text, groups)
+    if not text.strip(BLANK):
+        return {}, NO_SIGNS
+    return _Parser(text, groups).parsed()
 
 
 def combine(left: Patterns, right: Patterns, op: Op, budget: Budget) -> Patterns:
@@ -111,12 +131,22 @@ def split_name(name: str) -> tuple[Template, list[int]]:
 class Gather:
     """Collects names and spaces, and folds them at once: time grows with their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: MakeGroups) -> None:
+        self._make_groups = groups
+        self._made_groups: Groups | None = None
         # Names are grouped before they are looked at: most differ in their last digits only, so that one is
         # checked and cut to pieces for all that share its head.
         self._tails: dict[str, list[str]] = {}
         self._rows: dict[Template, list[list[str]]] = {}
         self._spaces: dict[Template, list[Space]] = {}
+        #: of all that was added
+        self.signs: Signs = NO_SIGNS
+
+    def groups(self) -> Groups:
+        """Return what knows node groups, one for all that is added: what it has looked up is looked up once."""
+        if self._made_groups is None:
+            self._made_groups = self._make_groups()
+        return self._made_groups
 
     def add(self, text: str) -> None:
         """Take an element of a list: a name, or a node set of its own.
@@ -131,15 +161,19 @@ class Gather:
         if tails is not None and len(head) < len(text) <= names.MAX_LENGTH:
             tails.append(text[len(head) :])
         elif _SPECIAL.search(text) or "," in text:
-            if not text.strip(_BLANK):
+            if not text.strip(BLANK):
                 raise NodeNameError(f"bad node name {text!a}: it is blank")
-            self.add_patterns(parse(text))
+            self.add_parsed(parse(text, self.groups))
         else:
             self.add_name(text)
 
     def add_name(self, name: str) -> None:
         """Take one name. Raises NodeNameError for one that no node may have."""
         names.check(name)
+        self.add_checked(name)
+
+    def add_checked(self, name: str) -> None:
+        """Take one name that is known to be good."""
         parts = _NUMBER.split(name)
         if len(parts) == 1:
             self._spaces[name,] = [LEAF]
@@ -148,10 +182,13 @@ class Gather:
         else:
             self._rows.setdefault(tuple(parts[::2]), []).append(parts[1::2])
 
-    def add_patterns(self, patterns: Patterns) -> None:
+    def add_parsed(self, parsed: Parsed) -> None:
         """Take what another node set holds."""
+        patterns, signs = parsed
         for template, space in patterns.items():
             self._spaces.setdefault(template, []).append(space)
+        if signs:
+            self.signs |= signs
 
     def patterns(self, budget: Budget) -> Patterns:
         """Return all that was added.
@@ -172,14 +209,16 @@ class Gather:
 class _Parser:
     """Reads one text that has more in it than names and commas."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, groups: MakeGroups) -> None:
         self.text = text
-        self.stepped = 0
+        self.whole = Gather(groups)
+        self.reader = RangeReader(self._refuse_range)
         self.budget = Budget(100_000 + 20 * len(text))
 
-    def patterns(self) -> Patterns:
+    def parsed(self) -> Parsed:
         found: Patterns = {}
-        pending = Gather()
+        signs = NO_SIGNS
+        pending = Gather(self.whole.groups)
         pending_op: Op = ","
         position = 0
         try:
@@ -187,12 +226,13 @@ class _Parser:
                 # a,b,c is a,(b,c) and a!b!c is a!(b,c): operands of a row are folded at once
                 if op != pending_op or op in "&^":
                     apply(found, self._combined(found, pending, pending_op))
-                    pending, pending_op = Gather(), op
+                    signs |= pending.signs
+                    pending, pending_op = Gather(self.whole.groups), op
                 self._operand(position, operand, pending)
             apply(found, self._combined(found, pending, pending_op))
         except TooManyPieces:
             raise NodeSetError(self.text, position, TOO_MANY_PIECES) from None
-        return found
+        return found, signs | pending.signs
 
     def _combined(self, found: Patterns, pending: Gather, op: Op) -> Patterns:
         return combine(found, pending.patterns(self.budget), op, self.budget)
@@ -205,7 +245,7 @@ class _Parser:
             end = found.end() if found else at
             if end < len(text) and text[end] in "[]":
                 raise self._unbalanced(end)
-            operand = text[at:end].strip(_BLANK)
+            operand = text[at:end].strip(BLANK)
             if not operand:
                 raise self._missing(at, end)
             yield cast(Op, op), at + text[at:end].index(operand), operand
@@ -215,126 +255,129 @@ class _Parser:
 
     def _unbalanced(self, at: int) -> NodeSetError:
         if self.text[at] == "]":
-            return NodeSetError(self.text, at, "closing bracket without an opening one")
+            return self._refuse(at, "closing bracket without an opening one")
         again = self.text.find("[", at + 1)
         if again >= 0 and "]" not in self.text[at:again]:
-            return NodeSetError(self.text, again, "opening bracket inside a bracket")
-        return NodeSetError(self.text, at, "bracket not closed")
+            return self._refuse(again, "opening bracket inside a bracket")
+        return self._refuse(at, "bracket not closed")
 
     def _missing(self, at: int, end: int) -> NodeSetError:
         if end < len(self.text):
-            return NodeSetError(self.text, end, f"no node before '{self.text[end]}'")
-        return NodeSetError(self.text, at - 1, f"no node after '{self.text[at - 1]}'")
+            return self._refuse(end, f"no node before '{self.text[end]}'")
+        return self._refuse(at - 1, f"no node after '{self.text[at - 1]}'")
+
+    def _refuse(self, position: int, reason: str) -> NodeSetParseError:
+        return NodeSetParseError(self.text, position, reason)
+
+    def _refuse_range(self, position: int, reason: str) -> NodeSetParseRangeError:
+        return NodeSetParseRangeError(self.text, position, reason)
 
     def _operand(self, position: int, operand: str, gather: Gather) -> None:
-        if operand.startswith("@"):
-            raise NodeSetError(self.text, position, "node groups are not supported")
-        cuts = _SLOT.split(operand)
-        at = position
-        for cut in cuts[::2]:
-            wild = _WILD.search(cut)
-            if wild:
-                where = self.text.index(wild.group(), at)
-                raise NodeSetError(self.text, where, "wildcards are not supported")
-        if "[" not in operand:
-            gather.add_name(operand)
+        if operand[0] == "@":
+            self._group(position, operand, gather)
             return
+        cuts = _SLOT.split(operand)
+        if any(_WILD.search(cut) for cut in cuts[::2]):
+            gather.add_parsed(gather.groups().matching(list(self._parts(position, cuts))))
+        elif "[" not in operand:
+            gather.add_name(operand)
+        else:
+            template, axes = self._axes(position, cuts)
+            negative = any(axis[0][0] < 0 for axis in axes)
+            # the last numbers are the longest, and the first ones may have a sign: if their names will do, all will
+            for end in (0, -1) if negative else (-1,):
+                ends = (axis[end][bool(end)] for axis in axes)
+                texts = [next(numbers(number, number)) for number in ends]
+                names.check("".join(chain.from_iterable(zip(template, [*texts, ""], strict=True))))
+            space = box(axes)
+            gather.add_parsed(unsigned(template, space) if negative else ({template: space}, NO_SIGNS))
+
+    def _axes(self, position: int, cuts: list[str]) -> tuple[Template, list[Axis]]:
+        """Return the text and the numbers of an operand that was cut by its numbers."""
         axes = []
         for index, cut in enumerate(cuts):
             if index % 2:
-                axes.append(self._slot(at, cut))
-            at += len(cut)
-        # the last numbers are the longest: if their name will do, all will
-        longest = [next(numbers(axis[-1][1], axis[-1][1])) for axis in axes]
-        names.check("".join(text for pair in zip(cuts[::2], [*longest, ""], strict=True) for text in pair))
-        gather.add_patterns({tuple(cuts[::2]): box(axes)})
+                axes.append(self._slot(position, cut))
+            position += len(cut)
+        return tuple(cuts[::2]), axes
+
+    def _parts(self, position: int, cuts: list[str]) -> Iterator[Part]:
+        """Yield the parts of a wildcard."""
+        for index, cut in enumerate(cuts):
+            if index % 2 and "[" in cut:
+                yield self._slot(position, cut)
+            else:
+                yield from parts_of_text(cut)
+            position += len(cut)
 
     def _slot(self, position: int, slot: str) -> Axis:
         """Return the numbers of digits and brackets that stand together."""
         if "[" not in slot:
-            return coalesce(self._range(position, slot))
+            return coalesce(self.reader.range(position, slot))
         found = _BRACKET.fullmatch(slot)
         if not found:
             again = position + slot.index("[", slot.index("]"))
-            raise NodeSetError(self.text, again, "a second bracket needs text before it")
+            raise self._refuse(again, "a second bracket needs text before it")
         before, ranges, after = found.groups()
-        inside = at = position + found.start(2)
-        spans: list[Span] = []
-        for item in ranges.split(","):
-            bare = item.strip(_BLANK)
-            start = at + item.index(bare)
-            if after and "/" in bare:
-                raise NodeSetError(self.text, start, "no digits may follow a bracket that has a step in it")
-            spans += self._range(start, bare)
-            at += len(item) + 1
+        inside = position + found.start(2)
+        if after and "/" in ranges:
+            raise self._refuse_range(inside, "no digits may follow a bracket that has a step in it")
+        spans = self.reader.ranges(inside, ranges)
         if before:
-            # as ClusterShell reads it: before the ends of each folded range, so that n1[2-13] is n[12-113]
-            folded = ranges_of(coalesce(spans))
-            spans = [span for ends in folded for span in self._spans(inside, *(before + end for end in ends))]
-        return coalesce(self._behind(inside, coalesce(spans), after) if after else spans)
+            spans = self.reader.before(inside, before, spans)
+        return coalesce(self.reader.behind(inside, spans, after) if after else spans)
 
-    def _range(self, position: int, item: str) -> list[Span]:
-        found = _RANGE.fullmatch(item)
-        if not found:
-            raise NodeSetError(self.text, position, _why_no_range(item))
-        first, last, step = found[1], found[2] or found[1], found[3] or "1"
-        self._check_length(position, len(step))
-        spans = self._spans(position, first, last)
-        if int(step) == 0:
-            raise NodeSetError(self.text, position, "a step is 1 or more")
-        if int(step) == 1:
-            return spans
-        self._write_out(position, (int(last) - int(first)) // int(step) + 1)
-        values = range(int(first), int(last) + 1, int(step))
-        return [(number, number) for number in (code(str(value).zfill(len(first))) for value in values)]
+    def _group(self, position: int, operand: str, gather: Gather) -> None:
+        """Read ``@group``, ``@source:group``, ``@*``, ``@source:*``, ``@@`` and ``@@source``."""
+        groups = gather.groups()
+        if operand.startswith("@@"):
+            self._check_group(position + 2, operand[2:])
+            gather.add_parsed(groups.of_names(operand[2:] or None))
+            return
+        before, colon, after = operand[1:].partition(":")
+        source, group = (before, after) if colon else (None, before)
+        at = position + len(operand) - len(group)
+        if source is not None:
+            self._check_group(position + 1, source)
+        if not group or source == "":
+            where, what = (position + 1, "source") if group else (at, "group")
+            raise self._refuse(min(where, len(self.text) - 1), f"the name of a {what} is missing; @* is all nodes")
+        if group == "*":
+            gather.add_parsed(groups.of_all(source))
+            return
+        self._check_group(at, _SLOT.sub("", group))
+        for name in self._group_names(at, group):
+            gather.add_parsed(groups.of_group(name, source))
 
-    def _spans(self, position: int, first: str, last: str) -> list[Span]:
-        """Return the codes from one number to another: a span for each length where they are not padded."""
-        self._check_length(position, max(len(first), len(last)))
-        if len(first) != len(last) and (last[0] == "0" or (first[0] == "0" and first != "0")):
-            raise NodeSetError(self.text, position, f"padding differs between {first} and {last}")
-        if int(first) > int(last):
-            raise NodeSetError(self.text, position, f"range ends before it begins: {first}-{last}")
-        spans = []
-        for width in range(len(first), len(last)):
-            spans.append((code(first), code("9" * width)))
-            first = "1" + "0" * width
-        return [*spans, (code(first), code(last))]
+    def _check_group(self, position: int, name: str) -> None:
+        wrong = _NOT_IN_GROUPS.search(name)
+        if wrong:
+            at = self.text.index(wrong.group(), position)
+            raise self._refuse(at, f"{wrong.group()!a} cannot be part of a group's name; @* is all nodes")
 
-    def _behind(self, position: int, spans: Iterable[Span], after: str) -> list[Span]:
-        """Return the numbers with the digits `after` behind each of them."""
-        out = []
-        for first, last in spans:
-            self._write_out(position, last - first + 1)
-            longest, _, _ = list(pieces(first, last))[-1]
-            self._check_length(position, longest + len(after))
-            out += [code(number + after) for number in numbers(first, last)]
-        return [(number, number) for number in out]
-
-    def _check_length(self, position: int, digits: int) -> None:
-        if digits > names.MAX_LENGTH:
-            raise NodeSetError(self.text, position, f"number longer than {names.MAX_LENGTH} digits")
-
-    def _write_out(self, position: int, count: int) -> None:
-        self.stepped += count
-        if self.stepped > MAX_STEPPED:
-            reason = f"steps, and digits after brackets, may make at most {MAX_STEPPED} numbers"
-            raise NodeSetError(self.text, position, reason)
+    def _group_names(self, position: int, group: str) -> Iterable[str]:
+        if "[" not in group:
+            return [group]
+        template, axes = self._axes(position, _SLOT.split(group))
+        if size(box(axes)) > MAX_STEPPED:
+            raise self._refuse_range(position, f"at most {MAX_STEPPED} groups may be named at once")
+        rows = product(*([text for span in axis for text in numbers(*span)] for axis in axes))
+        return ("".join(chain.from_iterable(zip(template, [*row, ""], strict=True))) for row in rows)
 
 
-def _parse_names(text: str) -> Patterns:
+def _parse_names(text: str, groups: MakeGroups) -> Parsed:
     """Return the patterns of names with commas between them."""
-    gather = Gather()
     if not text:
-        return {}
+        return {}, NO_SIGNS
+    gather = Gather(groups)
     items = text.split(",")
     if "" in items:
         at = sum(len(item) + 1 for item in items[: items.index("")])
         at, side = (at, "before") if at < len(text) else (at - 1, "after")
-        raise NodeSetError(text, at, f"no node {side} ','")
+        raise NodeSetParseError(text, at, f"no node {side} ','")
     for item in items:
         gather.add(item)
-    return gather.patterns(Budget())
+    return gather.patterns(Budget()), NO_SIGNS
 
 
 def _union(spaces: list[Space], budget: Budget) -> Space:
@@ -342,15 +385,3 @@ def _union(spaces: list[Space], budget: Budget) -> Space:
         # one dimension: all ranges at once
         return ((coalesce(span for space in spaces for axis, _ in space for span in axis), LEAF),)
     return union(spaces, budget)
-
-
-def _why_no_range(item: str) -> str:
-    if not item:
-        return "empty range"
-    if not item.isascii():
-        return "numbers are written with the ASCII digits 0 to 9"
-    if item.startswith("-"):
-        return "negative numbers are not supported in brackets"
-    if "/" in item and "-" not in item:
-        return "a step needs a range before it, as in 1-9/2"
-    return f"not a number or a range: {item[:40]!a}"

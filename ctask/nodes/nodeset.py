@@ -7,37 +7,47 @@ Runs in any thread. A `NodeSet` has no lock: like a `set` it may be read by many
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
-from typing import Any, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-from ctask.errors import NodeSetError
-from ctask.nodes.grammar import TOO_MANY_PIECES, Gather, Patterns, Template, apply, combine, parse, split_name
+from ctask.errors import NodeSetError, OptionError
+from ctask.nodes.algebra import MAX_WRITTEN, FoldedSet
+from ctask.nodes.grammar import TOO_MANY_PIECES, Gather, Groups, Parsed, parse, split_name
 from ctask.nodes.names import MAX_LENGTH
-from ctask.nodes.space import Budget, Op, TooManyPieces, contains, size, vectors, walk
+from ctask.nodes.order import in_order, rank, shown, walk
+from ctask.nodes.resolving import RESOLVER_NOGROUP, Resolver, std_group_resolver
+from ctask.nodes.signs import NO_SIGNS, Signs, in_pattern
+from ctask.nodes.space import Budget, Patterns, Template, TooManyPieces, contains, size
 
-__all__ = ["NodeSet", "NodesLike", "fold"]
+if TYPE_CHECKING:
+    from ctask.nodes.regroup import Explained
+
+__all__ = ["NodeSet", "NodesLike", "expand", "fold"]
 
 #: what stands for nodes wherever they are asked for; a text is a node set, not its letters
 NodesLike: TypeAlias = "str | NodeSet | Iterable[str | NodeSet]"
-
-#: a slice that would have to write out more names than this is refused
-MAX_SLICE = 1_000_000
 
 # what is in no name
 _EXPRESSION = re.compile(r"[][,!&^@*?]")
 
 
-class NodeSet:
+class NodeSet(FoldedSet["NodesLike", str]):
     """A set of node names: each node is in it once, in an order of its own, and it is shown folded.
 
-    ``NodeSet("green[36-39,133]")``, ``NodeSet("n[1-9/2],login!n3")``, ``NodeSet(["n1", "n2"])``. The grammar
-    is ClusterShell's (`ctask.nodes.grammar`); node groups, wildcards and negative numbers are not supported.
+    ``NodeSet("green[36-39,133]")``, ``NodeSet("n[1-9/2],@rack3!n3")``, ``NodeSet(["n1", "n2"])``. The grammar
+    is ClusterShell's (`ctask.nodes.grammar`). Where ctask differs:
 
-    Its order: patterns by their text, then numbers by their count of digits and their value, the first number
-    of a name first. ``n1``, ``n01`` and ``n001`` are three nodes. Time and memory grow with the ranges, not
-    with the names in them: ``NodeSet("n[1-999999999999]")`` is at once there, and its `len` is arithmetic.
+    * A group that its source has not is an error, which names the nearest one; ClusterShell takes it for empty,
+      so that ``@all!@pord`` (misspelt) is every node.
+    * Names are looked at (`ctask.nodes.names`): one that could be read as an option or a path is refused.
+    * ``n-5`` is one node, whether it is written so or as ``n[-5]``.
+    * Names of several numbers come in the order of their numbers, however the set came about. So do the products
+      that they are shown as; where sets overlap, these may be others than ClusterShell's.
+    * Slices may have any step; `contiguous` knows no steps; digits may not be glued to negative numbers in front.
+
+    Its order: patterns by their text, then numbers by their count of digits and their value (negative ones first),
+    the first number of a name first. ``n1``, ``n01`` and ``n001`` are three nodes. Time and memory grow with the
+    ranges, not with the names in them: ``NodeSet("n[1-999999999999]")`` is at once there, and its `len` is arithmetic.
 
     The operators ``| & - ^`` and comparisons take node sets, the methods also text and iterables of names. A
     node set can be changed, so it cannot be hashed. Equal is what holds the same names; a text equals none.
@@ -47,47 +57,123 @@ class NodeSet:
     Args:
         nodes: a node set as text (the empty text is the empty set), a NodeSet, or an iterable of either;
             None is the empty set.
+        autostep: the text shows as many numbers at equal distances, or more, as one range with a step
+            (``n[1-9/2]``); None: never.
+        resolver: who knows node groups; None: the process's (`std_group_resolver`), and for a NodeSet its own.
+        fold_axis: the dimensions that the text shows folded, from 0, or from -1 backwards; None: all.
+        missing: what a group is that its source has not: an "error", or "empty".
 
     Raises:
-        NodeSetError: text that is no node set; it has the position.
+        NodeSetError: text that is no node set, with the position; a group that there is not.
         NodeNameError: a name that no node may have.
+        OptionError: an option with a value that it cannot have.
     """
 
-    __slots__ = ("_patterns",)
+    __slots__ = ("_autostep", "_fold_axis", "_missing", "_resolver")
 
-    _patterns: Patterns
-
-    def __init__(self, nodes: NodesLike | None = None) -> None:
-        self._patterns = {} if nodes is None else dict(_patterns(nodes))
+    def __init__(
+        self,
+        nodes: NodesLike | None = None,
+        autostep: float | None = None,
+        resolver: Resolver | int | None = None,
+        fold_axis: Iterable[int] | None = None,
+        *,
+        missing: Literal["error", "empty"] = "error",
+    ) -> None:
+        self._patterns, self._signs = {}, NO_SIGNS
+        self._autostep: float | None = None
+        self._fold_axis: tuple[int, ...] | None = None
+        self._resolver: Resolver | None = None
+        self._missing: str = missing
+        if isinstance(nodes, NodeSet):
+            self._take_style(nodes)
+        if autostep is not None:
+            self.autostep = autostep
+        if fold_axis is not None:
+            self.fold_axis = fold_axis
+        if resolver is not None:
+            self._resolver = RESOLVER_NOGROUP if isinstance(resolver, int) else resolver
+        if missing not in ("error", "empty"):
+            raise OptionError(f"missing={missing!r}: give 'error' or 'empty'")
+        if nodes is not None:
+            patterns, self._signs = self._parsed(nodes)
+            self._patterns = dict(patterns) if isinstance(nodes, NodeSet) else patterns
 
     @classmethod
-    def fromlist(cls, names: Iterable[str | NodeSet]) -> Self:
+    def fromlist(
+        cls,
+        names: Iterable[str | NodeSet],
+        autostep: float | None = None,
+        resolver: Resolver | int | None = None,
+        fold_axis: Iterable[int] | None = None,
+    ) -> Self:
         """Return the node set of many names or node sets, in time that grows with their number.
+
+        A text is a node set here as well, and not its letters.
 
         Raises:
             NodeSetError, NodeNameError: as the constructor; an element may not be blank.
         """
-        return cls(names)
+        return cls(names, autostep, resolver, fold_axis)
+
+    #: ClusterShell's name for lists of single nodes; here `fromlist` is as fast
+    _fromlist1 = fromlist
+
+    @classmethod
+    def fromall(
+        cls,
+        groupsource: str | None = None,
+        autostep: float | None = None,
+        resolver: Resolver | int | None = None,
+        fold_axis: Iterable[int] | None = None,
+    ) -> Self:
+        """Return all nodes of a group source, None: of the default one.
+
+        Raises:
+            NodeSetExternalError: there is no such source, or it cannot say.
+        """
+        made = cls(None, autostep, resolver, fold_axis)
+        patterns, made._signs = made._groups().of_all(groupsource)
+        made._patterns = dict(patterns)
+        return made
+
+    # How it is shown
+
+    @property
+    def autostep(self) -> float | None:
+        """How many numbers at equal distances are shown as one range with a step; None: never."""
+        return self._autostep
+
+    @autostep.setter
+    def autostep(self, value: float | None) -> None:
+        given: object = value
+        if given is not None and not (isinstance(given, (int, float)) and given >= 0):
+            raise OptionError(f"autostep={value!r}: give a number of nodes, or None")
+        self._autostep = value
+
+    @property
+    def fold_axis(self) -> tuple[int, ...] | None:
+        """The dimensions that are shown folded, from 0, or from -1 backwards; None: all."""
+        return self._fold_axis
+
+    @fold_axis.setter
+    def fold_axis(self, value: Iterable[int] | None) -> None:
+        axes = tuple(value) if isinstance(value, Iterable) else value
+        if isinstance(axes, tuple) and not all(isinstance(axis, int) for axis in axes):
+            raise OptionError(f"fold_axis={value!r}: give the numbers of dimensions, from 0 or from -1 backwards")
+        if axes is not None and not isinstance(axes, tuple):
+            raise OptionError(f"fold_axis={value!r}: give a list of dimensions, as [{value!r}]")
+        self._fold_axis = axes
 
     # Reading
 
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names in order; the names are made as they are asked for."""
-        return self._names()
+    def striter(self) -> Iterator[str]:
+        """Iterate over the names in order."""
+        return self._items()
 
-    def __len__(self) -> int:
-        """Return the number of nodes, by arithmetic.
-
-        Raises:
-            NodeSetError: more than a `len` can say (`sys.maxsize`).
-        """
-        count = self._count()
-        if count > sys.maxsize:
-            raise NodeSetError(str(self), None, f"{count} nodes are more than can be counted off")
-        return count
-
-    def __bool__(self) -> bool:
-        return bool(self._patterns)
+    def nsiter(self) -> Iterator[Self]:
+        """Iterate over the nodes in order, each as a node set of its own."""
+        return (self._made(self._gathered([name])) for name in self)
 
     def __contains__(self, nodes: object) -> bool:
         """Return whether a name, or all of a node set (as text or as a NodeSet), is in the set.
@@ -109,124 +195,125 @@ class NodeSet:
         space = self._patterns.get(template)
         return space is not None and contains(space, codes)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Self: ...
-    def __getitem__(self, index: int | slice) -> str | Self:
-        """Return one name, or the node set of a slice (its step may be negative; a set keeps its order).
+    def index(self, node: NodesLike, start: int = 0, stop: int | None = None) -> int:
+        """Return the place of a node in the order, by arithmetic.
+
+        Args:
+            node: one node, by its name or as a node set.
+            start, stop: places between which it has to be, as those of `list.index`.
 
         Raises:
-            IndexError: there is no such node.
-            NodeSetError: a slice that has to write out more than a million names.
+            ValueError: it is not there; NodeSetError (which is one) where it is not one node.
         """
-        count = self._count()
-        if isinstance(index, slice):
-            return self._slice(range(*index.indices(count)), count)
-        if not -count <= index < count:
-            raise IndexError(f"node set of {count} nodes has no index {index}")
-        return next(self._names(index if index >= 0 else count + index))
+        wanted = NodeSet(node, resolver=self._resolver)
+        if wanted._count() != 1:
+            raise NodeSetError(str(wanted), None, "give one node, whose place is asked for")
+        name = wanted[0]
+        place = self._place(name)
+        if place is None or place not in range(self._count())[start:stop]:
+            raise ValueError(f"{name!r} is not in the node set")
+        return place
 
     def __str__(self) -> str:
-        """Return the set folded, in its order: ``a,b[1-2],c3``."""
-        return ",".join(
-            "".join(chain.from_iterable(zip(template, (*numbers, ""), strict=True)))
-            for template in self._templates()
-            for numbers in vectors(self._patterns[template])
-        )
+        """Return the set folded, in its order: ``a,b[1-2],c3``.
+
+        Raises:
+            NodeSetError: `fold_axis` leaves so much unfolded that more than a million names would be written out.
+        """
+        found = self._shown()
+        budget = Budget(MAX_WRITTEN)
+        try:
+            return ",".join(
+                text
+                for template in in_order(found)
+                for text in shown(found[template], template, self._autostep, self._folded(template), budget)
+            )
+        except TooManyPieces:
+            reason = f"fold_axis={self._fold_axis} would write out more than {MAX_WRITTEN} names"
+            raise NodeSetError("", None, reason) from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self),)
+        # The resolver stays behind: the groups of one process say nothing to another one.
+        plain = self._made(self._patterns)
+        plain._autostep = plain._fold_axis = None
+        return type(self), (str(plain),), (self._signs, self._autostep, self._fold_axis, self._missing)
 
-    def copy(self) -> Self:
-        """Return a node set of its own with the same nodes; its time does not depend on their number."""
-        return self._made(dict(self._patterns))
+    def __setstate__(self, state: tuple[Signs, float | None, tuple[int, ...] | None, str]) -> None:
+        self._signs, self._autostep, self._fold_axis, self._missing = state
 
-    __copy__ = copy
+    # Groups
 
-    # Comparing
+    @property
+    def resolver(self) -> Resolver:
+        """Who knows the groups: the set's own resolver, else that of the process."""
+        return std_group_resolver() if self._resolver is None else self._resolver
 
-    def __eq__(self, other: object) -> bool:
-        return self._patterns == other._patterns if isinstance(other, NodeSet) else NotImplemented
+    def group_sets(self, groupsource: str | None, names: Iterable[str]) -> Iterator[tuple[str, Self]]:
+        """Yield groups of a source with their nodes, each of them asked for once.
 
-    __hash__ = None  # type: ignore[assignment]
+        Raises:
+            NodeSetExternalError: a group that there is not, or that cannot be read.
+        """
+        lookup = self._groups()
+        for name in names:
+            patterns, signs = lookup.of_group(name, groupsource)
+            yield name, self._made(dict(patterns), signs)
 
-    def __le__(self, other: object) -> bool:
-        return self.issubset(other) if isinstance(other, NodeSet) else NotImplemented
+    def groups(self, groupsource: str | None = None, *, noprefix: bool = False) -> dict[str, tuple[Self, Self]]:
+        """Return the groups that have a node of the set: ``@group`` or ``@source:group`` -> (group, what is in both).
 
-    def __lt__(self, other: object) -> bool:
-        return self != other and self.issubset(other) if isinstance(other, NodeSet) else NotImplemented
+        Args:
+            groupsource: the source; None: the default one, whose groups are named without it.
+            noprefix: groups are named without their source.
+        """
+        from ctask.nodes.regroup import groups  # on demand: most programs name no group
 
-    def __ge__(self, other: object) -> bool:
-        return self.issuperset(other) if isinstance(other, NodeSet) else NotImplemented
+        return groups(self, groupsource, noprefix=noprefix)
 
-    def __gt__(self, other: object) -> bool:
-        return self != other and self.issuperset(other) if isinstance(other, NodeSet) else NotImplemented
+    def regroup(
+        self,
+        groupsource: str | None = None,
+        autostep: float | None = None,
+        *,
+        overlap: bool = False,
+        noprefix: bool = False,
+    ) -> str:
+        """Return the set as text, by as many whole groups as there are: ``@rack[1-2],n9``.
 
-    def issubset(self, other: NodesLike) -> bool:
-        """Return whether all of the set is in the other."""
-        return not self.difference(other)
+        The largest groups come first (then by name); what no group covers is added folded.
 
-    def issuperset(self, other: NodesLike) -> bool:
-        """Return whether all of the other is in the set."""
-        return not NodeSet(other) - self
+        Args:
+            groupsource, noprefix: as `groups`.
+            autostep: as the constructor's; None: the set's own.
+            overlap: take all groups that the set holds, not only those that cover more of it.
+        """
+        from ctask.nodes.regroup import regroup  # on demand: most programs name no group
 
-    def isdisjoint(self, other: NodesLike) -> bool:
-        """Return whether no node is in both."""
-        return not self.intersection(other)
+        return regroup(self, groupsource, autostep, overlap=overlap, noprefix=noprefix)
 
-    # New sets
+    def explained_by(self, groups: str | None = None) -> list[Explained]:
+        """Return the groups that hold the set and little else, best first: (group, of the set, of the group).
 
-    def union(self, other: NodesLike) -> Self:
-        """Return the nodes of either."""
-        return self._with(other, ",")
+        ``nodes.explained_by("switch")`` is ``[("@switch:sw12", 36, 36), …]``: 36 nodes of the set are in it, and it
+        has 36. Only groups with a node of the set are there.
 
-    def intersection(self, other: NodesLike) -> Self:
-        """Return the nodes that are in both."""
-        return self._with(other, "&")
+        Args:
+            groups: the group source; None: the default one.
+        """
+        from ctask.nodes.regroup import explained_by  # on demand: most programs name no group
 
-    def difference(self, other: NodesLike) -> Self:
-        """Return the nodes that are not in the other."""
-        return self._with(other, "!")
-
-    def symmetric_difference(self, other: NodesLike) -> Self:
-        """Return the nodes that are in one of them only."""
-        return self._with(other, "^")
-
-    def __or__(self, other: object) -> Self:
-        return self._with(other, ",") if isinstance(other, NodeSet) else NotImplemented
-
-    def __and__(self, other: object) -> Self:
-        return self._with(other, "&") if isinstance(other, NodeSet) else NotImplemented
-
-    def __sub__(self, other: object) -> Self:
-        return self._with(other, "!") if isinstance(other, NodeSet) else NotImplemented
-
-    def __xor__(self, other: object) -> Self:
-        return self._with(other, "^") if isinstance(other, NodeSet) else NotImplemented
+        return explained_by(self, groups)
 
     # Changing
 
-    def update(self, other: NodesLike) -> None:
-        """Add the nodes of the other."""
-        self._change(other, ",")
+    add = FoldedSet.update
 
-    add = update
-
-    def intersection_update(self, other: NodesLike) -> None:
-        """Keep the nodes that are in both."""
-        self._change(other, "&")
-
-    def difference_update(self, other: NodesLike) -> None:
-        """Take the nodes of the other out, those that are there."""
-        self._change(other, "!")
-
-    def symmetric_difference_update(self, other: NodesLike) -> None:
-        """Keep the nodes that are in one of them only."""
-        self._change(other, "^")
+    def updaten(self, others: Iterable[str | NodeSet]) -> None:
+        """Add the nodes of many others at once."""
+        self._change(others, ",")
 
     def remove(self, other: NodesLike) -> None:
         """Take the nodes of the other out.
@@ -234,118 +321,93 @@ class NodeSet:
         Raises:
             KeyError: not all of them are in the set; then nothing is taken out.
         """
-        gone = NodeSet(other)
-        missing = gone - self
-        if missing:
-            raise KeyError(str(missing))
-        self._change(gone, "!")
-
-    def clear(self) -> None:
-        """Take all nodes out."""
-        self._patterns = {}
-
-    def __ior__(self, other: object) -> Self:
-        if not isinstance(other, NodeSet):
-            return NotImplemented
-        self._change(other, ",")
-        return self
-
-    def __iand__(self, other: object) -> Self:
-        if not isinstance(other, NodeSet):
-            return NotImplemented
-        self._change(other, "&")
-        return self
-
-    def __isub__(self, other: object) -> Self:
-        if not isinstance(other, NodeSet):
-            return NotImplemented
-        self._change(other, "!")
-        return self
-
-    def __ixor__(self, other: object) -> Self:
-        if not isinstance(other, NodeSet):
-            return NotImplemented
-        self._change(other, "^")
-        return self
+        self.difference_update(other, strict=True)
 
     # How
 
-    def _made(self, patterns: Patterns) -> Self:
+    def _parsed(self, other: NodesLike) -> Parsed:
+        if isinstance(other, NodeSet):
+            return other._patterns, other._signs
+        if isinstance(other, str):
+            return parse(other, self._groups)
+        given: object = other
+        if not isinstance(given, Iterable) or isinstance(given, bytes):
+            shown = ascii(given)[:80]
+            raise NodeSetError(shown, None, f"give text, a NodeSet or names, not {type(given).__name__}")
+        gather = Gather(self._groups)
+        for element in other:
+            if isinstance(element, NodeSet):
+                gather.add_parsed((element._patterns, element._signs))
+            else:
+                gather.add(element)
+        try:
+            return gather.patterns(Budget()), gather.signs
+        except TooManyPieces:
+            raise NodeSetError("", None, TOO_MANY_PIECES) from None
+
+    def _made(self, patterns: Patterns, signs: Signs = NO_SIGNS) -> Self:
         made = type(self).__new__(type(self))
-        made._patterns = patterns  # noqa: SLF001
+        made._patterns, made._signs = patterns, signs
+        made._take_style(self)
         return made
 
-    def _templates(self) -> list[Template]:
-        # "%s" for the numbers: the order that ClusterShell's users know
-        return sorted(self._patterns, key="%s".join)
+    def _gathered(self, items: Iterable[str]) -> Patterns:
+        return self._parsed(items)[0]
 
-    def _count(self) -> int:
-        return sum(map(size, self._patterns.values()))
+    def _is_kin(self, other: object) -> bool:
+        return isinstance(other, NodeSet)
 
-    def _names(self, skip: int = 0) -> Iterator[str]:
+    def _take_style(self, other: NodeSet) -> None:
+        self._autostep, self._fold_axis = other._autostep, other._fold_axis
+        self._resolver, self._missing = other._resolver, other._missing
+
+    def _groups(self) -> Groups:
+        from ctask.nodes.lookup import Lookup  # on demand: most texts name no group
+
+        return Lookup(self.resolver, missing_is_empty=self._missing == "empty")
+
+    def _folded(self, template: Template) -> list[bool] | None:
+        """Return which dimensions of a pattern are shown folded, or None: all."""
+        if self._fold_axis is None:
+            return None
+        dims = len(template) - 1
+        return [axis in self._fold_axis or axis - dims in self._fold_axis for axis in range(dims)]
+
+    def _items(self, skip: int = 0) -> Iterator[str]:
         # patterns are never changed in place, so that a set may change while it is gone through
-        patterns = self._patterns.copy()
-        for template in self._templates():
-            count = size(patterns[template]) if skip else 1
+        shown = dict(self._shown())
+        for template in in_order(shown):
+            count = size(shown[template]) if skip else 1
             if skip < count:
-                yield from walk(patterns[template], template, skip)
+                yield from walk(shown[template], template, skip)
             skip = max(0, skip - count)
 
-    def _slice(self, indexes: range, count: int) -> Self:
-        if not indexes:
-            return self._made({})
-        if indexes.step < 0:
-            indexes = indexes[::-1]
-        reach = indexes[-1] - indexes[0] + 1
-        if indexes.step == 1 and reach == count:
-            return self.copy()
-        if reach > MAX_SLICE:
-            reason = f"a slice may go through at most {MAX_SLICE} nodes, not {reach}"
-            raise NodeSetError(str(self), None, reason)
-        return self._made(_patterns(islice(self._names(indexes[0]), 0, reach, indexes.step)))
-
-    def _with(self, other: NodesLike, op: Op) -> Self:
-        made = self.copy()
-        made._change(other, op)  # noqa: SLF001
-        return made
-
-    def _change(self, other: NodesLike, op: Op) -> None:
-        # all is calculated before anything is changed
-        apply(self._patterns, self._changed(other, op))
-
-    def _changed(self, other: NodesLike, op: Op) -> Patterns:
-        patterns = _patterns(other)
-        try:
-            return combine(self._patterns, patterns, op, Budget())
-        except TooManyPieces:
-            raise NodeSetError(str(self._made(patterns)), None, TOO_MANY_PIECES) from None
+    def _place(self, name: str) -> int | None:
+        """Return how many nodes come before a name, or None where it is not in the set."""
+        before, shown = 0, self._shown()
+        template, codes = split_name(name)
+        for pattern in in_order(shown):
+            spelt = in_pattern(template, codes, pattern)
+            place = None if spelt is None else rank(shown[pattern], spelt)
+            if place is not None:
+                return before + place
+            before += size(shown[pattern])
+        return None
 
 
-def fold(names: Iterable[str | NodeSet]) -> str:
-    """Return names as one folded text: ``green[36-39,133]``.
+def expand(nodes: NodesLike) -> list[str]:
+    """Return the names of a node set, in order.
 
     Raises:
         NodeSetError, NodeNameError: as `NodeSet`.
     """
-    return str(NodeSet.fromlist(names))
+    return list(NodeSet(nodes))
 
 
-def _patterns(nodes: object) -> Patterns:
-    """Return the patterns of whatever stands for nodes; those of a NodeSet are its own."""
-    if isinstance(nodes, NodeSet):
-        return nodes._patterns  # noqa: SLF001
-    if isinstance(nodes, str):
-        return parse(nodes)
-    if not isinstance(nodes, Iterable) or isinstance(nodes, bytes):
-        shown = ascii(nodes)[:80]
-        raise NodeSetError(shown, None, f"give text, a NodeSet or names, not {type(nodes).__name__}")
-    gather = Gather()
-    for element in nodes:
-        if isinstance(element, NodeSet):
-            gather.add_patterns(element._patterns)  # noqa: SLF001
-        else:
-            gather.add(element)
-    try:
-        return gather.patterns(Budget())
-    except TooManyPieces:
-        raise NodeSetError("", None, TOO_MANY_PIECES) from None
+def fold(nodes: NodesLike) -> str:
+    """Return a node set, or many names, as one folded text: ``green[36-39,133]``.
+
+    Raises:
+        NodeSetError, NodeNameError: as `NodeSet`.
+    """
+    return str(NodeSet(nodes))

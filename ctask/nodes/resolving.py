@@ -16,7 +16,7 @@ from typing import Protocol
 from ctask.errors import NodeSetExternalError, NoSuchGroup
 
 __all__ = [
-    "RESOLVER_NOGROUP", "Resolver", "no_such_group", "set_std_group_resolver", "std_group_resolver",
+    "RESOLVER_NOGROUP", "Resolver", "grouplist", "no_such_group", "set_std_group_resolver", "std_group_resolver",
 ]  # fmt: skip
 
 
@@ -96,17 +96,28 @@ def std_group_resolver() -> Resolver:
     Raises:
         NodeSetExternalError: the configuration cannot be read.
     """
-    if not _standard:
-        # on demand: most programs name no group
-        from ctask.nodes.groups import GroupResolverConfig  # type: ignore[import-not-found]  # the next room
+    for resolver in _standard[:1]:
+        return resolver
+    # on demand: most programs name no group
+    from ctask.nodes.groups import GroupResolverConfig  # type: ignore[import-not-found]  # the next room
 
-        _standard.append(GroupResolverConfig())
-    return _standard[0]
+    made: Resolver = GroupResolverConfig()
+    _standard.append(made)
+    return made
 
 
 def set_std_group_resolver(resolver: Resolver | None) -> None:
     """Set the resolver of the process; None: that of the configuration files, read anew."""
     _standard[:] = [] if resolver is None else [resolver]
+
+
+def grouplist(namespace: str | None = None, resolver: Resolver | None = None) -> list[str]:
+    """Return the names of the groups of a source, None: of the default one.
+
+    Raises:
+        NodeSetExternalError: there is no such source, or it cannot say.
+    """
+    return (std_group_resolver() if resolver is None else resolver).grouplist(namespace)
 
 
 def no_such_group(group: str, *, source: str | None = None, where: str = "", known: Iterable[str] = ()) -> NoSuchGroup:
@@ -122,6 +133,6 @@ def no_such_group(group: str, *, source: str | None = None, where: str = "", kno
 
     prefix = f"@{source}:" if source else "@"
     place = f" ({where})" if where else ""
-    near = get_close_matches(group, list(known), n=1)
+    near = get_close_matches(group, list(known), n=1, cutoff=0.5)
     hint = f". Did you mean {prefix}{near[0]}?" if near else ""
     return NoSuchGroup(f"no such group: {prefix}{group}{place}{hint}", f"{prefix}{group}")

@@ -3,7 +3,8 @@
 
 A run of digits is one number, and its padding belongs to it (``1``, ``01`` and ``001`` are three). Counted in
 the order of (digits, value) all of them are the integers from 0: ``0`` to ``9`` are 0 to 9, ``00`` to ``99``
-are 10 to 109, and so on. Such an integer is a *code*, so any set of padded numbers is a set of integers.
+are 10 to 109, and so on; below 0 are the negative numbers, which have no padding and are their own codes. Such an
+integer is a *code*, so any set of numbers is a set of integers.
 
 A `Space` is a set of vectors of codes, in one canonical form: (axis, sub-space) pairs, where an axis holds
 the first numbers that go with one and the same sub-space, and after the last number comes `LEAF`. Equal sets
@@ -24,14 +25,20 @@ from typing import Literal, TypeAlias
 from ctask.nodes.names import MAX_LENGTH
 
 __all__ = [
-    "EMPTY", "LEAF", "Axis", "Budget", "Op", "Space", "Span", "TooManyPieces", "box", "coalesce", "code",
-    "contains", "merge", "numbers", "pieces", "points", "ranges_of", "size", "union", "vectors", "walk",
+    "EMPTY", "LEAF", "Axis", "Budget", "Ends", "Op", "Patterns", "Space", "Span", "Template", "TooManyPieces", "box",
+    "coalesce", "code", "contains", "holds", "merge", "numbers", "pieces", "points", "ranges_of", "size", "union",
 ]  # fmt: skip
 
 Span: TypeAlias = tuple[int, int]
+#: first and last number of a range, as they are written folded
+Ends: TypeAlias = tuple[str, str]
 #: first and last codes of ranges, in order, no two of them touching
 Axis: TypeAlias = tuple[Span, ...]
 Space: TypeAlias = "tuple[tuple[Axis, Space], ...]"
+#: the text of a name before, between and after its numbers
+Template: TypeAlias = tuple[str, ...]
+#: what a node set is: the numbers of each pattern; never with an empty space
+Patterns: TypeAlias = dict[Template, Space]
 #: the letters of the node set grammar: union, difference, intersection, symmetric difference
 Op: TypeAlias = Literal[",", "!", "&", "^"]
 
@@ -64,12 +71,19 @@ class Budget:
 
 
 def code(digits: str) -> int:
-    """Return the code of a number as it is written (ASCII digits, at most `MAX_LENGTH`)."""
-    return int(digits) + _FIRST[len(digits)]
+    """Return the code of a number as it is written (ASCII digits, at most `MAX_LENGTH`; a sign where it has one)."""
+    value = int(digits)
+    return value if value < 0 else value + _FIRST[len(digits)]
 
 
 def pieces(first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the codes from `first` to `last` as (digits, first value, last value), by count of digits."""
+    """Yield the codes from `first` to `last` as (digits, first value, last value), by count of digits.
+
+    What is negative comes as a piece of no digits.
+    """
+    if first < 0:
+        yield 0, first, min(last, -1)
+        first = 0
     width = bisect_right(_FIRST, first) - 1
     while first <= last:
         end = min(last, _FIRST[width + 1] - 1)
@@ -80,7 +94,7 @@ def pieces(first: int, last: int) -> Iterator[tuple[int, int, int]]:
 def numbers(first: int, last: int) -> Iterator[str]:
     """Yield the numbers from code `first` to code `last` as they are written, in order."""
     for width, low, high in pieces(first, last):
-        if _padded(width, low):
+        if padded(width, low):
             yield from (str(value).zfill(width) for value in range(low, high + 1))
         else:
             yield from map(str, range(low, high + 1))
@@ -101,7 +115,7 @@ def coalesce(spans: Iterable[Span]) -> Axis:
     return tuple(axis)
 
 
-def ranges_of(axis: Axis) -> list[tuple[str, str]]:
+def ranges_of(axis: Axis) -> list[Ends]:
     """Return the ranges of an axis as their first and last numbers, as they are written folded."""
     # (digits and value of the first number, digits and value of the last)
     found: list[tuple[int, int, int, int]] = []
@@ -109,12 +123,13 @@ def ranges_of(axis: Axis) -> list[tuple[str, str]]:
     for width, low, high in chain.from_iterable(pieces(*span) for span in axis):
         if found:
             start, end = found[-1][:2], found[-1][2:]
-            if low == _POWERS[width - 1] and end == (width - 1, low - 1) and not (apart or _padded(*start)):
-                # 10 follows 9: both are written as one range
+            follows = low == (_POWERS[width - 1] if width > 1 else 0)
+            if follows and end == (width - 1, low - 1) and not (apart or padded(*start)):
+                # 10 follows 9, and 0 follows -1: both are written as one range
                 found[-1] = (*start, width, high)
                 continue
             # as ClusterShell writes it: not so after a single number with padding, up to the next range
-            apart = start == end and (apart or _padded(*start))
+            apart = start == end and (apart or padded(*start))
         found.append((width, low, width, high))
     return [(str(low).zfill(width), str(high).zfill(end)) for width, low, end, high in found]
 
@@ -139,12 +154,17 @@ def size(space: Space) -> int:
     return sum(sum(high - low + 1 for low, high in axis) * size(sub) for axis, sub in space)
 
 
+def holds(axis: Axis, number: int) -> bool:
+    """Return whether a code is on an axis."""
+    at = bisect_right(axis, number, key=itemgetter(0)) - 1
+    return at >= 0 and number <= axis[at][1]
+
+
 def contains(space: Space, vector: Iterable[int]) -> bool:
     """Return whether a vector of codes is in the space."""
     for number in vector:
         for axis, sub in space:
-            at = bisect_right(axis, number, key=itemgetter(0)) - 1
-            if at >= 0 and number <= axis[at][1]:
+            if holds(axis, number):
                 space = sub
                 break
         else:
@@ -171,28 +191,6 @@ def merge(left: Space, right: Space, op: Op, budget: Budget) -> Space:
         TooManyPieces: it would need more ranges than there are in `budget`.
     """
     return _Merge(op, budget).of(left, right)
-
-
-def vectors(space: Space) -> Iterator[tuple[str, ...]]:
-    """Yield the products that make up the space, as the text of each axis: ``3``, or ``[1-3,05]``."""
-    if space is LEAF:
-        yield ()
-        return
-    for axis, sub in space:
-        text = _axis_text(axis)
-        for rest in vectors(sub):
-            yield (text, *rest)
-
-
-def walk(space: Space, parts: Sequence[str], skip: int = 0) -> Iterator[str]:
-    """Yield the names of a pattern in order, without keeping them.
-
-    Args:
-        space: the numbers.
-        parts: the text before, between and after them.
-        skip: how many names to leave out at the beginning, by arithmetic.
-    """
-    return _walk(space, parts, 0, "", skip)
 
 
 class _Merge:
@@ -249,7 +247,7 @@ def _sweep(left: Space, right: Space) -> Iterator[tuple[int, int, int, int]]:
     # -1 sorts first: where one axis ends and another of its side begins, the end comes before the beginning
     edges.sort()
     on = [-1, -1]
-    before = 0
+    before = edges[0][0]
     for at, side, index in edges:
         if before < at:
             if on != [-1, -1]:
@@ -283,32 +281,5 @@ def _runs(codes: list[int]) -> Axis:
     return tuple(axis)
 
 
-def _walk(space: Space, parts: Sequence[str], k: int, head: str, skip: int) -> Iterator[str]:
-    head += parts[k]
-    if space is LEAF:
-        yield head
-        return
-    tail = parts[-1] if k == len(parts) - 2 else None
-    for low, high, sub in sorted((low, high, sub) for axis, sub in space for low, high in axis):
-        left_out = 0
-        if skip:
-            each = size(sub)
-            left_out = min(skip // each, high - low + 1)
-            skip -= left_out * each
-        for number in numbers(low + left_out, high):
-            if tail is not None:
-                yield head + number + tail
-            else:
-                yield from _walk(sub, parts, k + 1, head + number, skip)
-                skip = 0
-
-
-def _padded(width: int, value: int) -> bool:
+def padded(width: int, value: int) -> bool:
     return width > 1 and value < _POWERS[width - 1]
-
-
-def _axis_text(axis: Axis) -> str:
-    folded = ranges_of(axis)
-    if len(folded) == 1 and folded[0][0] == folded[0][1]:
-        return folded[0][0]
-    return f"[{','.join(first if first == last else f'{first}-{last}' for first, last in folded)}]"

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Negative numbers in node sets: ``n[-5-3]``.
+
+The name ``n-5`` is a text with a hyphen and the number 5, however it came about: `unsigned` makes it so, so that each
+name has one place, is in a set once, and equals itself. That a set was written with negative numbers is kept beside
+its patterns, as *signs*, and only matters where it is shown, or gone through: `signed` puts the numbers back.
+
+Runs in any thread; pure functions, nothing to guard.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from ctask.nodes.space import EMPTY, Axis, Budget, Patterns, Space, Span, Template, coalesce, code, merge, pieces
+
+__all__ = ["NO_SIGNS", "Signs", "in_pattern", "signed", "unsigned", "without_signs"]
+
+#: (template, dimension) of the numbers that are to be shown with their sign
+Signs: TypeAlias = frozenset[tuple[Template, int]]
+NO_SIGNS: Signs = frozenset()
+
+def unsigned(template: Template, space: Space) -> tuple[Patterns, Signs]:
+    """Return a pattern as patterns without negative numbers, and the signs that it had."""
+    patterns = {template: space}
+    signs = set()
+    for k in range(len(template) - 1):
+        for key, whole in list(patterns.items()):
+            negative, rest = _divided(whole, k, _turned)
+            if negative:
+                signs.add((key, k))
+                patterns.pop(key)
+                patterns.update({_hyphened(key, k): negative, **({key: rest} if rest else {})})
+    return patterns, frozenset(signs)
+
+
+def signed(patterns: Patterns, signs: Signs) -> Patterns:
+    """Return patterns with the signs that they are to be shown with."""
+    shown = dict(patterns)
+    # the last dimension first, as signs are found from the first one on
+    for template, k in sorted(signs, key=lambda sign: -sign[1]):
+        whole = shown.get(_hyphened(template, k), EMPTY)
+        moved, rest = _divided(whole, k, _returned)
+        if moved:
+            shown[template] = merge(shown.get(template, EMPTY), moved, ",", Budget())
+            shown.pop(_hyphened(template, k))
+            shown.update({_hyphened(template, k): rest} if rest else {})
+    return shown
+
+
+def without_signs(patterns: Patterns) -> Patterns:
+    """Return shown patterns as they are kept."""
+    found: Patterns = {}
+    for template, space in patterns.items():
+        for key, part in unsigned(template, space)[0].items():
+            found[key] = merge(found.get(key, EMPTY), part, ",", Budget())
+    return found
+
+
+def in_pattern(template: Template, codes: Sequence[int], among: Template) -> list[int] | None:
+    """Return the codes of a name as they would stand in a shown pattern, or None where it cannot be in it."""
+    if len(template) != len(among):
+        return None
+    found = []
+    for k, number in enumerate(codes):
+        if template[k] == among[k]:
+            found.append(number)
+        elif template[k] == among[k] + "-":
+            [moved, _] = _returned(((number, number),))
+            if not moved:
+                return None
+            found.append(moved[0][0])
+        else:
+            return None
+    return found if template[-1] == among[-1] else None
+
+
+def _hyphened(template: Template, k: int) -> Template:
+    return (*template[:k], template[k] + "-", *template[k + 1 :])
+
+
+def _divided(space: Space, k: int, divide: Callable[[Axis], tuple[list[Span], list[Span]]]) -> tuple[Space, Space]:
+    """Divide a space by the numbers of one dimension."""
+    found: tuple[defaultdict[Space, list[Span]], ...] = (defaultdict(list), defaultdict(list))
+    for axis, sub in space:
+        if k == 0:
+            for side, spans in zip(found, divide(axis), strict=True):
+                side[sub] += spans
+        else:
+            for side, part in zip(found, _divided(sub, k - 1, divide), strict=True):
+                if part:
+                    side[part] += axis
+    one, other = (
+        tuple(sorted((coalesce(spans), sub) for sub, spans in side.items() if spans)) for side in found
+    )
+    return one, other
+
+
+def _turned(axis: Axis) -> tuple[list[Span], list[Span]]:
+    """Return the negative numbers, without their sign, and the others."""
+    moved, rest = [], []
+    for low, high in axis:
+        if low < 0:
+            moved += _plain(-min(high, -1), -low)
+        if high >= 0:
+            rest.append((max(low, 0), high))
+    return moved, rest
+
+
+def _returned(axis: Axis) -> tuple[list[Span], list[Span]]:
+    """Return what may stand behind a sign, with it, and the others: 0 and what is padded."""
+    moved, rest = [], []
+    for span in axis:
+        for width, low, high in pieces(*span):
+            least = max(low, 10 ** (width - 1))
+            if least <= high:
+                moved.append((-high, -least))
+            if low < least:
+                rest.append((code(str(low).zfill(width)), code(str(min(high, least - 1)).zfill(width))))
+    return moved, rest
+
+
+def _plain(low: int, high: int) -> list[Span]:
+    """Return the codes of the numbers from one to another without padding."""
+    spans = []
+    while low <= high:
+        last = min(high, 10 ** len(str(low)) - 1)
+        spans.append((code(str(low)), code(str(last))))
+        low = last + 1
+    return spans
