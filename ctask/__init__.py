@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ctask: run commands on many machines at once over SSH; gather, react, wait on futures."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ctask import closing as _closing  # registers the end of the interpreter
 from ctask.buffers import Output
 from ctask.errors import (
@@ -33,7 +37,12 @@ from ctask.errors import (
     NodeError,
     NodeNameError,
     NodeSetError,
+    NodeSetExternalError,
+    NodeSetParseError,
+    NodeSetParseRangeError,
+    NoSuchGroup,
     OptionError,
+    RangeSetParseError,
     ResolveError,
     SessionError,
     SessionRefused,
@@ -49,12 +58,15 @@ from ctask.executor import ClusterExecutor
 from ctask.failures import Failures
 from ctask.future import Future, as_completed, wait
 from ctask.handler import Callbacks, EventHandler
-from ctask.nodes import NodeSet
+from ctask.nodes import NodeSet, expand, fold, grouplist
 from ctask.result import Attempt, Group, NodeResult, Timings
 from ctask.retry import Retry
 from ctask.states import Outcome
 from ctask.task import Task, task_self
 from ctask.worker import Worker
+
+if TYPE_CHECKING:
+    from ctask.nodes import RangeSet, RangeSetND
 
 __version__ = "0.1.0"
 
@@ -86,10 +98,20 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "Curable",
     # node sets
     "NodeSet",
+    "RangeSet",
+    "RangeSetND",
+    "expand",
+    "fold",
+    "grouplist",
     # errors, as the tree in ctask.errors has them
     "CtaskError",
     "UsageError",
     "NodeSetError",
+    "NodeSetParseError",
+    "NodeSetParseRangeError",
+    "RangeSetParseError",
+    "NodeSetExternalError",
+    "NoSuchGroup",
     "NodeNameError",
     "CommandError",
     "OptionError",
@@ -127,3 +149,12 @@ __all__ = [  # noqa: RUF022 (grouped as people look for them)
     "WrongThread",
     "HandlerError",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Load what most programs do not use when it is first asked for."""
+    if name in ("RangeSet", "RangeSetND"):
+        from ctask import nodes
+
+        return getattr(nodes, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from ctask.nodes.space import (
     size,
 )
 
-__all__ = ["blocks", "in_order", "products", "rank", "section", "shown", "walk"]
+__all__ = ["blocks", "in_order", "products", "rank", "section", "shown", "tuples", "walk"]
 
 
 def in_order(patterns: Patterns) -> list[Template]:
@@ -49,6 +49,21 @@ def walk(space: Space, template: Template, skip: int = 0) -> Iterator[str]:
         skip: how many names to leave out at the beginning, by arithmetic.
     """
     return _walk(space, template, 0, "", skip)
+
+
+def tuples(space: Space, skip: int = 0) -> Iterator[tuple[str, ...]]:
+    """Yield the vectors of a space in order, as their numbers are written, without keeping them."""
+    if space is LEAF:
+        yield ()
+        return
+    for low, high, sub in _runs(space):
+        each = size(sub)
+        left_out = min(skip // each, high - low + 1)
+        skip -= left_out * each
+        for number in numbers(low + left_out, high):
+            for rest in tuples(sub, skip):
+                yield (number, *rest)
+            skip = 0
 
 
 def rank(space: Space, vector: Sequence[int]) -> int | None:

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from ctask.nodes.names import MAX_LENGTH
 from ctask.nodes.space import Axis, Ends, Span, coalesce, code, numbers, pieces, ranges_of
 
-__all__ = ["BLANK", "MAX_STEPPED", "RangeReader", "axis_text", "stepped_texts"]
+__all__ = ["BLANK", "MAX_STEPPED", "RangeReader", "axis_text", "padded_spans"]
 
 #: numbers that steps, and digits after brackets, may write out in one text; these do not stay ranges
 MAX_STEPPED = 100_000
@@ -129,6 +129,21 @@ class RangeReader:
             raise self._refuse(position, f"steps, and digits after brackets, may make at most {MAX_STEPPED} numbers")
 
 
+def padded_spans(first: int, last: int, pad: int) -> list[Span]:
+    """Return the codes of the values from one to another, those that are shorter padded to so many digits.
+
+    What is negative has no padding.
+    """
+    spans = [(first, min(last, -1))] if first < 0 else []
+    low, width = max(first, 0), max(pad, 1)
+    while low <= last:
+        width = max(width, len(str(low)))
+        high = min(last, 10**width - 1)
+        spans.append((code(str(low).zfill(width)), code(str(high).zfill(width))))
+        low = high + 1
+    return spans
+
+
 def axis_text(axis: Axis, autostep: float | None = None) -> list[str]:
     """Return the ranges of an axis as text, one by one.
 
@@ -136,11 +151,11 @@ def axis_text(axis: Axis, autostep: float | None = None) -> list[str]:
         autostep: as many numbers at equal distances are written as one range with a step; None: none are.
     """
     if autostep is not None:
-        return stepped_texts(ranges_of(axis), autostep)
+        return _stepped(ranges_of(axis), autostep)
     return [first if first == last else f"{first}-{last}" for first, last in ranges_of(axis)]
 
 
-def stepped_texts(folded: list[Ends], autostep: float) -> list[str]:
+def _stepped(folded: list[Ends], autostep: float) -> list[str]:
     """Return folded ranges as text, with steps where so many numbers are at equal distances; the list is used up.
 
     From left to right, as ClusterShell does: a run begins at a single number and takes the first number of the range

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from ctask.nodes.ranges import padded_spans
 from ctask.nodes.space import EMPTY, Axis, Budget, Patterns, Space, Span, Template, coalesce, code, merge, pieces
 
 __all__ = ["NO_SIGNS", "Signs", "in_pattern", "signed", "unsigned", "without_signs"]
@@ -103,7 +104,7 @@ def _turned(axis: Axis) -> tuple[list[Span], list[Span]]:
     moved, rest = [], []
     for low, high in axis:
         if low < 0:
-            moved += _plain(-min(high, -1), -low)
+            moved += padded_spans(-min(high, -1), -low, 1)
         if high >= 0:
             rest.append((max(low, 0), high))
     return moved, rest
@@ -120,13 +121,3 @@ def _returned(axis: Axis) -> tuple[list[Span], list[Span]]:
             if low < least:
                 rest.append((code(str(low).zfill(width)), code(str(min(high, least - 1)).zfill(width))))
     return moved, rest
-
-
-def _plain(low: int, high: int) -> list[Span]:
-    """Return the codes of the numbers from one to another without padding."""
-    spans = []
-    while low <= high:
-        last = min(high, 10 ** len(str(low)) - 1)
-        spans.append((code(str(low)), code(str(last))))
-        low = last + 1
-    return spans
