@@ -11,12 +11,11 @@ import re
 import tempfile
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ctask.errors import NodeSetError
-from ctask.nodes import RESOLVER_NOGROUP, NodeSet, RangeSet
+from ctask.nodes import RESOLVER_NOGROUP, NodeSet
 
 # Its configuration is looked for when it is imported; the machine's own must have no part in this.
 with tempfile.TemporaryDirectory() as nothing:
@@ -24,7 +23,6 @@ with tempfile.TemporaryDirectory() as nothing:
     from ClusterShell.NodeSet import RESOLVER_NOGROUP as THEIR_NOGROUP
     from ClusterShell.NodeSet import NodeSet as TheirNodeSet
     from ClusterShell.NodeSet import NodeSetException as TheirNodeSetError
-    from ClusterShell.RangeSet import RangeSet as TheirRangeSet
     from ClusterShell.RangeSet import RangeSetException as TheirRangeSetError
 
     del os.environ["CLUSTERSHELL_CFGDIR"]

@@ -22,13 +22,13 @@ Runs in any thread; a `Gather` belongs to the call that made it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, product
 from typing import Protocol, TypeAlias, cast
 
 from ctask.errors import NodeNameError, NodeSetError, NodeSetParseError, NodeSetParseRangeError
 from ctask.nodes import names
-from ctask.nodes.ranges import BLANK, MAX_STEPPED, RangeReader
+from ctask.nodes.ranges import BLANK, MAX_STEPPED, RangeReader, padded_spans
 from ctask.nodes.signs import NO_SIGNS, Signs, unsigned
 from ctask.nodes.space import (
     EMPTY,
@@ -43,6 +43,8 @@ from ctask.nodes.space import (
     box,
     coalesce,
     code,
+    codes,
+    line,
     merge,
     numbers,
     points,
@@ -62,6 +64,13 @@ _DIGITS = "0123456789"
 _NUMBER = re.compile("([0-9]+)")
 # what makes a text more than one plain name; the comma is looked at apart
 _SPECIAL = re.compile(r"[][!&^@*?\s]")
+# one operand with one bracket, and digits nowhere else; no number in it is so long that the name may be too long
+_PLAIN = re.compile(
+    r"([A-Za-z_.:%+=~#][A-Za-z_.:%+=~#-]*)"
+    r"\[([0-9]{1,18}(?:-[0-9]{1,18})?(?:,[0-9]{1,18}(?:-[0-9]{1,18})?)*)\]"
+    r"([A-Za-z_.:%+=~#-]*)"
+)
+MAX_PLAIN = names.MAX_LENGTH - 18
 _OPERAND = re.compile(r"(?:[^][,!&^]+|\[[^][]*\])*")
 _SLOT = re.compile(r"((?:[0-9]|\[[^][]*\])+)")
 _BRACKET = re.compile(r"([0-9]*)\[([^][]*)\]([0-9]*)")
@@ -98,6 +107,11 @@ def parse(text: str, groups: MakeGroups) -> Parsed:
     """
     if not _SPECIAL.search(text):
         return _parse_names(text, groups)
+    plain = _PLAIN.fullmatch(text)
+    if plain:
+        parsed = _parse_plain(*plain.groups())
+        if parsed:
+            return parsed
     if not text.strip(BLANK):
         return {}, NO_SIGNS
     return _Parser(text, groups).parsed()
@@ -167,6 +181,29 @@ class Gather:
         else:
             self.add_name(text)
 
+    def add_alike(self, many: Sequence[object]) -> bool:
+        """Take many names at once if they differ in their numbers only; False: nothing was taken.
+
+        A list of nodes is mostly such a list. It is read as one text, name by name only within the regular
+        expressions' own loops.
+        """
+        try:
+            text = "\n".join(cast(Sequence[str], many))
+        except TypeError:
+            return False  # it has something else in it
+        one = str(many[0])
+        first = _NUMBER.sub("0", one)
+        template = tuple(first.split("0"))
+        dims = len(template) - 1
+        if dims < 1 or _SPECIAL.search(first) or "," in first:
+            return False
+        if _NUMBER.sub("0", text) != "\n".join([first] * len(many)):
+            return False
+        names.check(max(cast(Sequence[str], many), key=len))
+        found = codes(_NUMBER.findall(text))
+        self._spaces.setdefault(template, []).append(line(found) if dims == 1 else points(_rows(found, dims), dims))
+        return True
+
     def add_name(self, name: str) -> None:
         """Take one name. Raises NodeNameError for one that no node may have."""
         names.check(name)
@@ -197,8 +234,7 @@ class Gather:
             TooManyPieces: the budget does not suffice.
         """
         for head, tails in self._tails.items():
-            space = points([(code(digits),) for digits in set(tails)], 1)
-            self._spaces.setdefault((head, ""), []).append(space)
+            self._spaces.setdefault((head, ""), []).append(line(codes(tails)))
         for template, rows in self._rows.items():
             space = points([[code(digits) for digits in row] for row in rows], len(template) - 1)
             self._spaces.setdefault(template, []).append(space)
@@ -235,7 +271,8 @@ class _Parser:
         return found, signs | pending.signs
 
     def _combined(self, found: Patterns, pending: Gather, op: Op) -> Patterns:
-        return combine(found, pending.patterns(self.budget), op, self.budget)
+        patterns = pending.patterns(self.budget)
+        return combine(found, patterns, op, self.budget) if found or op != "," else patterns
 
     def _operands(self) -> Iterator[tuple[Op, int, str]]:
         """Yield (operator before it, position, operand) from left to right."""
@@ -273,6 +310,11 @@ class _Parser:
         return NodeSetParseRangeError(self.text, position, reason)
 
     def _operand(self, position: int, operand: str, gather: Gather) -> None:
+        plain = _PLAIN.fullmatch(operand)
+        parsed = _parse_plain(*plain.groups()) if plain else None
+        if parsed:
+            gather.add_parsed(parsed)
+            return
         if operand[0] == "@":
             self._group(position, operand, gather)
             return
@@ -380,8 +422,34 @@ def _parse_names(text: str, groups: MakeGroups) -> Parsed:
     return gather.patterns(Budget()), NO_SIGNS
 
 
+def _parse_plain(before: str, ranges: str, after: str) -> Parsed | None:
+    """Return the patterns of what most texts are, one operand with one bracket; None: it is less simple than that."""
+    if ".." in before or ".." in after or len(before) + len(after) > MAX_PLAIN:
+        return None
+    spans = []
+    for item in ranges.split(","):
+        first, dash, last = item.partition("-")
+        low = high = code(first)
+        if dash:
+            high = code(last)
+            if len(first) != len(last):
+                if last[0] == "0" or (first[0] == "0" and first != "0"):
+                    return None
+                spans += padded_spans(int(first), int(last), 1)
+        if low > high:
+            return None
+        if len(first) == len(last) or not dash:
+            spans.append((low, high))
+    return {(before, after): box([coalesce(spans)])}, NO_SIGNS
+
+
+def _rows(row_by_row: list[int], dims: int) -> Iterable[tuple[int, ...]]:
+    """Return numbers in rows of so many."""
+    return zip(*[iter(row_by_row)] * dims, strict=True)
+
+
 def _union(spaces: list[Space], budget: Budget) -> Space:
     if len(spaces) > 1 and spaces[0] is not LEAF and spaces[0][0][1] is LEAF:
         # one dimension: all ranges at once
-        return ((coalesce(span for space in spaces for axis, _ in space for span in axis), LEAF),)
+        return box([coalesce(span for space in spaces for axis, _ in space for span in axis)])
     return union(spaces, budget)

@@ -27,6 +27,9 @@ __all__ = ["NodeSet", "NodesLike", "expand", "fold"]
 #: what stands for nodes wherever they are asked for; a text is a node set, not its letters
 NodesLike: TypeAlias = "str | NodeSet | Iterable[str | NodeSet]"
 
+#: a list of as many names is looked at as a whole
+MANY = 64
+
 # what is in no name
 _EXPRESSION = re.compile(r"[][,!&^@*?]")
 
@@ -335,7 +338,10 @@ class NodeSet(FoldedSet["NodesLike", str]):
             shown = ascii(given)[:80]
             raise NodeSetError(shown, None, f"give text, a NodeSet or names, not {type(given).__name__}")
         gather = Gather(self._groups)
-        for element in other:
+        elements = list(other)
+        if len(elements) >= MANY and gather.add_alike(elements):
+            elements = []
+        for element in elements:
             if isinstance(element, NodeSet):
                 gather.add_parsed((element._patterns, element._signs))
             else:

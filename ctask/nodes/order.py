@@ -134,6 +134,10 @@ def shown(
     Raises:
         TooManyPieces: more would be written out than there is in `budget`.
     """
+    if len(template) == 2 and fold is None:
+        # most sets: one number in each name
+        yield f"{template[0]}{_bracketed(axis_text(space[0][0], autostep))}{template[1]}"
+        return
     last = template[-1]
     for axes in products(space):
         if fold is None:

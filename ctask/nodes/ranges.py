@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from ctask.nodes.names import MAX_LENGTH
-from ctask.nodes.space import Axis, Ends, Span, coalesce, code, numbers, pieces, ranges_of
+from ctask.nodes.space import Axis, Ends, Span, coalesce, code, numbers, pieces, ranges_of, texts_of
 
 __all__ = ["BLANK", "MAX_STEPPED", "RangeReader", "axis_text", "padded_spans"]
 
@@ -152,7 +152,7 @@ def axis_text(axis: Axis, autostep: float | None = None) -> list[str]:
     """
     if autostep is not None:
         return _stepped(ranges_of(axis), autostep)
-    return [first if first == last else f"{first}-{last}" for first, last in ranges_of(axis)]
+    return texts_of(axis)
 
 
 def _stepped(folded: list[Ends], autostep: float) -> list[str]:

@@ -17,22 +17,23 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Literal, TypeAlias
 
 from ctask.nodes.names import MAX_LENGTH
+from ctask.nodes.scatter import Scattered, combined, of_axis, of_codes
 
 __all__ = [
     "EMPTY", "LEAF", "Axis", "Budget", "Ends", "Op", "Patterns", "Space", "Span", "Template", "TooManyPieces", "box",
-    "coalesce", "code", "contains", "holds", "merge", "numbers", "pieces", "points", "ranges_of", "size", "union",
+    "coalesce", "code", "codes", "contains", "holds", "line", "merge", "numbers", "pieces", "points", "ranges_of",
+    "size", "texts_of", "union",
 ]  # fmt: skip
 
 Span: TypeAlias = tuple[int, int]
 #: first and last number of a range, as they are written folded
 Ends: TypeAlias = tuple[str, str]
-#: first and last codes of ranges, in order, no two of them touching
+#: first and last codes of ranges, in order, no two of them touching; of one dimension, a `Scattered` may stand for it
 Axis: TypeAlias = tuple[Span, ...]
 Space: TypeAlias = "tuple[tuple[Axis, Space], ...]"
 #: the text of a name before, between and after its numbers
@@ -76,6 +77,12 @@ def code(digits: str) -> int:
     return value if value < 0 else value + _FIRST[len(digits)]
 
 
+def codes(digits: Iterable[str]) -> list[int]:
+    """Return the codes of many numbers without signs."""
+    first = _FIRST
+    return [int(text) + first[len(text)] for text in digits]
+
+
 def pieces(first: int, last: int) -> Iterator[tuple[int, int, int]]:
     """Yield the codes from `first` to `last` as (digits, first value, last value), by count of digits.
 
@@ -117,25 +124,23 @@ def coalesce(spans: Iterable[Span]) -> Axis:
 
 def ranges_of(axis: Axis) -> list[Ends]:
     """Return the ranges of an axis as their first and last numbers, as they are written folded."""
-    # (digits and value of the first number, digits and value of the last)
-    found: list[tuple[int, int, int, int]] = []
-    apart = False
-    for width, low, high in chain.from_iterable(pieces(*span) for span in axis):
-        if found:
-            start, end = found[-1][:2], found[-1][2:]
-            follows = low == (_POWERS[width - 1] if width > 1 else 0)
-            if follows and end == (width - 1, low - 1) and not (apart or padded(*start)):
-                # 10 follows 9, and 0 follows -1: both are written as one range
-                found[-1] = (*start, width, high)
-                continue
-            # as ClusterShell writes it: not so after a single number with padding, up to the next range
-            apart = start == end and (apart or padded(*start))
-        found.append((width, low, width, high))
-    return [(str(low).zfill(width), str(high).zfill(end)) for width, low, end, high in found]
+    return [(str(low).zfill(width), str(high).zfill(end)) for width, low, end, high in _folded(axis)]
+
+
+def texts_of(axis: Axis) -> list[str]:
+    """Return the ranges of an axis as they are written folded: ``3``, ``5-9``."""
+    return [
+        str(low).zfill(width)
+        if low == high and width == end
+        else f"{str(low).zfill(width)}-{str(high).zfill(end)}"
+        for width, low, end, high in _folded(axis)
+    ]
 
 
 def box(axes: Sequence[Axis]) -> Space:
     """Return the product of axes, the first dimension first."""
+    if len(axes) == 1:
+        return ((of_axis(axes[0]), LEAF),)
     space = LEAF
     for axis in reversed(axes):
         space = ((axis, space),)
@@ -147,15 +152,25 @@ def points(vectors: Iterable[Sequence[int]], dims: int) -> Space:
     return _points(list(vectors), 0, dims - 1)
 
 
+def line(codes: Collection[int]) -> Space:
+    """Return the space of one dimension with these codes, at least one of them."""
+    axis = of_codes(codes)
+    return ((_runs(sorted(set(codes))) if axis is None else axis, LEAF),)
+
+
 def size(space: Space) -> int:
     """Return the number of vectors, by arithmetic."""
     if space is LEAF:
         return 1
+    if isinstance(space[0][0], Scattered):
+        return space[0][0].size()
     return sum(sum(high - low + 1 for low, high in axis) * size(sub) for axis, sub in space)
 
 
 def holds(axis: Axis, number: int) -> bool:
     """Return whether a code is on an axis."""
+    if isinstance(axis, Scattered):
+        return axis.has(number)
     at = bisect_right(axis, number, key=itemgetter(0)) - 1
     return at >= 0 and number <= axis[at][1]
 
@@ -208,7 +223,11 @@ class _Merge:
         if left == right:
             return left if self.op in ",&" else EMPTY
         if left[0][1] is LEAF:
-            return self._near(left[0][0], right[0][0])
+            one, other = left[0][0], right[0][0]
+            axis = combined(one, other, self.op)
+            if axis is None:
+                return self._near(tuple(one), tuple(other))
+            return ((axis, LEAF),) if axis else EMPTY
         return self._cross(left, right)
 
     def _near(self, left: Axis, right: Axis) -> Space:
@@ -234,6 +253,33 @@ class _Merge:
             kept[self.of(left[i][1] if i >= 0 else EMPTY, right[j][1] if j >= 0 else EMPTY)] += spans
         kept.pop(EMPTY, None)
         return tuple(sorted((coalesce(spans), sub) for sub, spans in kept.items()))
+
+
+def _folded(axis: Axis) -> list[tuple[int, int, int, int]]:
+    """Return the ranges as they are written: digits and value of the first number, digits and value of the last."""
+    found: list[tuple[int, int, int, int]] = []
+    apart = False
+    width = begin = end = 0
+    for span in axis:
+        if span[0] < begin or span[1] >= end:
+            parts = list(pieces(*span))
+            width = parts[-1][0]
+            begin, end = (_FIRST[width], _FIRST[width + 1]) if width else (0, 0)
+        else:
+            # nearly all: a range of numbers with as many digits as those before
+            parts = [(width, span[0] - begin, span[1] - begin)]
+        for digits, low, high in parts:
+            if found:
+                first_digits, first, last_digits, last = found[-1]
+                follows = last == low - 1 and last_digits == digits - 1 and (digits < 2 or low == _POWERS[digits - 1])
+                if follows and not (apart or padded(first_digits, first)):
+                    # 10 follows 9, and 0 follows -1: both are written as one range
+                    found[-1] = (first_digits, first, digits, high)
+                    continue
+                # as ClusterShell writes it: not so after a single number with padding, up to the next range
+                apart = first == last and first_digits == last_digits and (apart or padded(first_digits, first))
+            found.append((digits, low, digits, high))
+    return found
 
 
 def _sweep(left: Space, right: Space) -> Iterator[tuple[int, int, int, int]]:
