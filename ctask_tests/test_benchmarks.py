@@ -35,6 +35,11 @@ PROGRAMS = {
     "gather": (["--nodes", "2", "--lines", "500"], ["cold", "warm", "cold CPU", "warm CPU"]),
     "events": (["--lines", "500"], ["lines", "CPU"]),
     "memory": (["--nodes", "4"], ["same", "different"]),
+    "nodesets": (
+        ["--names", "300", "--nodes", "200", "--grid", "50", "--xnames", "100"],
+        [f"fold{what}" for what in ("", " scattered", " 2-D", " 4-D")]
+        + ["iterate", "folded operators", "scattered operators", "small", "memory"],
+    ),
     "local": (["--commands", "3"], ["wall", "CPU"]),
     "imports": (["--repeats", "1"], ["import"]),
     "late": (["--nodes", "2"], ["node", "local"]),

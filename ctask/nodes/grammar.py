@@ -197,10 +197,14 @@ class Gather:
         dims = len(template) - 1
         if dims < 1 or _SPECIAL.search(first) or "," in first:
             return False
-        if _NUMBER.sub("0", text) != "\n".join([first] * len(many)):
+        if dims == 1:
+            digits = _between(text, *template)
+        else:
+            digits = _NUMBER.findall(text) if _NUMBER.sub("0", text) == "\n".join([first] * len(many)) else []
+        if len(digits) != len(many) * dims:
             return False
         names.check(max(cast(Sequence[str], many), key=len))
-        found = codes(_NUMBER.findall(text))
+        found = codes(digits)
         self._spaces.setdefault(template, []).append(line(found) if dims == 1 else points(_rows(found, dims), dims))
         return True
 
@@ -441,6 +445,14 @@ def _parse_plain(before: str, ranges: str, after: str) -> Parsed | None:
         if len(first) == len(last) or not dash:
             spans.append((low, high))
     return {(before, after): box([coalesce(spans)])}, NO_SIGNS
+
+
+def _between(text: str, before: str, after: str) -> list[str]:
+    """Return the digits of lines that have the same text around one number; none where one is different."""
+    if not (text.startswith(before) and text.endswith(after) and text.isascii()):
+        return []
+    digits = text[len(before) : len(text) - len(after)].split(f"{after}\n{before}")
+    return digits if "" not in digits and "".join(digits).isdigit() else []
 
 
 def _rows(row_by_row: list[int], dims: int) -> Iterable[tuple[int, ...]]:

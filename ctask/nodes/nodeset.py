@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from ctask.errors import NodeSetError, OptionError
@@ -381,12 +382,7 @@ class NodeSet(FoldedSet["NodesLike", str]):
 
     def _items(self, skip: int = 0) -> Iterator[str]:
         # patterns are never changed in place, so that a set may change while it is gone through
-        shown = dict(self._shown())
-        for template in in_order(shown):
-            count = size(shown[template]) if skip else 1
-            if skip < count:
-                yield from walk(shown[template], template, skip)
-            skip = max(0, skip - count)
+        return chain.from_iterable(_walks(dict(self._shown()), skip))
 
     def _place(self, name: str) -> int | None:
         """Return how many nodes come before a name, or None where it is not in the set."""
@@ -417,3 +413,11 @@ def fold(nodes: NodesLike) -> str:
         NodeSetError, NodeNameError: as `NodeSet`.
     """
     return str(NodeSet(nodes))
+
+
+def _walks(patterns: Patterns, skip: int) -> Iterator[Iterator[str]]:
+    for template in in_order(patterns):
+        count = size(patterns[template]) if skip else 1
+        if skip < count:
+            yield walk(patterns[template], template, skip)
+        skip = max(0, skip - count)

@@ -9,7 +9,7 @@ Runs in any thread; pure functions over tuples, nothing to guard.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, product
 from math import prod
 
@@ -48,7 +48,7 @@ def walk(space: Space, template: Template, skip: int = 0) -> Iterator[str]:
         template: the text before, between and after them.
         skip: how many names to leave out at the beginning, by arithmetic.
     """
-    return _walk(space, template, 0, "", skip)
+    return _walk(space, template[1:], template[0], skip)
 
 
 def tuples(space: Space, skip: int = 0) -> Iterator[tuple[str, ...]]:
@@ -173,24 +173,24 @@ def _rows(choices: Sequence[tuple[str, ...] | _Numbers]) -> Iterator[tuple[str, 
             yield (first, *rest)
 
 
-def _walk(space: Space, parts: Sequence[str], k: int, head: str, skip: int) -> Iterator[str]:
-    head += parts[k]
+def _walk(space: Space, parts: Sequence[str], head: str, skip: int) -> Iterator[str]:
+    """Return the names that begin with `head` and go on with numbers and the other parts."""
     if space is LEAF:
-        yield head
-        return
-    tail = parts[-1] if k == len(parts) - 2 else None
+        return iter((head,))
+    return chain.from_iterable(_walk_runs(space, parts, head, skip))
+
+
+def _walk_runs(space: Space, parts: Sequence[str], head: str, skip: int) -> Iterator[Iterable[str]]:
     for low, high, sub in _runs(space):
-        left_out = 0
-        if skip:
-            each = size(sub)
-            left_out = min(skip // each, high - low + 1)
-            skip -= left_out * each
-        for number in numbers(low + left_out, high):
-            if tail is not None:
-                yield head + number + tail
-            else:
-                yield from _walk(sub, parts, k + 1, head + number, skip)
-                skip = 0
+        each = size(sub)
+        left_out = min(skip // each, high - low + 1)
+        skip -= left_out * each
+        if sub is LEAF:
+            yield numbers(low + left_out, high, head, parts[0])
+            continue
+        for longer in numbers(low + left_out, high, head, parts[0]):
+            yield _walk(sub, parts[1:], longer, skip)
+            skip = 0
 
 
 def _runs(space: Space) -> list[tuple[int, int, Space]]:

@@ -57,11 +57,14 @@ class Scattered:
     def spans(self) -> tuple[Span, ...]:
         """The tuple that this stands for."""
         if self._spans is None:
-            # an edge is where a bit differs from the one below it: edges are by turns a first number and one too far
-            edges = bin(self.bits ^ (self.bits << 1))[:1:-1].split("1")
-            places = list(map(add, accumulate(map(len, edges[:-1])), count(self.base)))
-            self._spans = tuple(zip(places[::2], [place - 1 for place in places[1::2]], strict=True))
+            self._spans = tuple(self._edges())
         return self._spans
+
+    def _edges(self) -> Iterator[Span]:
+        # an edge is where a bit differs from the one below it: edges are by turns a first number and one too far
+        edges = bin(self.bits ^ (self.bits << 1))[:1:-1].split("1")
+        places = list(map(add, accumulate(map(len, edges[:-1])), count(self.base)))
+        return zip(places[::2], map((-1).__add__, places[1::2]), strict=True)
 
     def has(self, number: int) -> bool:
         """Return whether a code is on the axis."""
@@ -72,7 +75,8 @@ class Scattered:
         return self.bits.bit_count()
 
     def __iter__(self) -> Iterator[Span]:
-        return iter(self.spans)
+        # who goes through it once, as to write it down, needs no tuple of it
+        return self._edges() if self._spans is None else iter(self._spans)
 
     def __reversed__(self) -> Iterator[Span]:
         return reversed(self.spans)

@@ -18,7 +18,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from operator import itemgetter
+from itertools import chain
+from operator import add, itemgetter
 from typing import Literal, TypeAlias
 
 from ctask.nodes.names import MAX_LENGTH
@@ -79,8 +80,8 @@ def code(digits: str) -> int:
 
 def codes(digits: Iterable[str]) -> list[int]:
     """Return the codes of many numbers without signs."""
-    first = _FIRST
-    return [int(text) + first[len(text)] for text in digits]
+    texts = list(digits)
+    return list(map(add, map(int, texts), map(_FIRST.__getitem__, map(len, texts))))
 
 
 def pieces(first: int, last: int) -> Iterator[tuple[int, int, int]]:
@@ -98,13 +99,13 @@ def pieces(first: int, last: int) -> Iterator[tuple[int, int, int]]:
         first, width = end + 1, width + 1
 
 
-def numbers(first: int, last: int) -> Iterator[str]:
-    """Yield the numbers from code `first` to code `last` as they are written, in order."""
-    for width, low, high in pieces(first, last):
-        if padded(width, low):
-            yield from (str(value).zfill(width) for value in range(low, high + 1))
-        else:
-            yield from map(str, range(low, high + 1))
+def numbers(first: int, last: int, before: str = "", after: str = "") -> Iterator[str]:
+    """Return the numbers from code `first` to code `last` as they are written, in order, with text around each."""
+    before, after = before.replace("%", "%%"), after.replace("%", "%%")
+    # no loop of our own: the interpreter would go through it for each of a hundred thousand names
+    return chain.from_iterable(
+        map(f"{before}%0{width}d{after}".__mod__, range(low, high + 1)) for width, low, high in pieces(first, last)
+    )
 
 
 def coalesce(spans: Iterable[Span]) -> Axis:
@@ -255,31 +256,32 @@ class _Merge:
         return tuple(sorted((coalesce(spans), sub) for sub, spans in kept.items()))
 
 
-def _folded(axis: Axis) -> list[tuple[int, int, int, int]]:
-    """Return the ranges as they are written: digits and value of the first number, digits and value of the last."""
-    found: list[tuple[int, int, int, int]] = []
+def _folded(axis: Axis) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the ranges as they are written: digits and value of the first number, digits and value of the last."""
     apart = False
     width = begin = end = 0
-    for span in axis:
-        if span[0] < begin or span[1] >= end:
-            parts = list(pieces(*span))
+    first_digits = first = last_digits = last = -1
+    for low, high in axis:
+        if low < begin or high >= end:
+            parts = list(pieces(low, high))
             width = parts[-1][0]
             begin, end = (_FIRST[width], _FIRST[width + 1]) if width else (0, 0)
         else:
             # nearly all: a range of numbers with as many digits as those before
-            parts = [(width, span[0] - begin, span[1] - begin)]
-        for digits, low, high in parts:
-            if found:
-                first_digits, first, last_digits, last = found[-1]
-                follows = last == low - 1 and last_digits == digits - 1 and (digits < 2 or low == _POWERS[digits - 1])
+            parts = [(width, low - begin, high - begin)]
+        for digits, least, most in parts:
+            if first_digits >= 0:
+                follows = last == least - 1 and last_digits == digits - 1 and least == (digits > 1) * _POWERS[last_digits]
                 if follows and not (apart or padded(first_digits, first)):
                     # 10 follows 9, and 0 follows -1: both are written as one range
-                    found[-1] = (first_digits, first, digits, high)
+                    last_digits, last = digits, most
                     continue
+                yield first_digits, first, last_digits, last
                 # as ClusterShell writes it: not so after a single number with padding, up to the next range
                 apart = first == last and first_digits == last_digits and (apart or padded(first_digits, first))
-            found.append((digits, low, digits, high))
-    return found
+            first_digits, first, last_digits, last = digits, least, digits, most
+    if first_digits >= 0:
+        yield first_digits, first, last_digits, last
 
 
 def _sweep(left: Space, right: Space) -> Iterator[tuple[int, int, int, int]]:
