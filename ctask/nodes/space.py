@@ -271,7 +271,8 @@ def _folded(axis: Axis) -> Iterator[tuple[int, int, int, int]]:
             parts = [(width, low - begin, high - begin)]
         for digits, least, most in parts:
             if first_digits >= 0:
-                follows = last == least - 1 and last_digits == digits - 1 and least == (digits > 1) * _POWERS[last_digits]
+                shortest = _POWERS[last_digits] if digits > 1 else 0
+                follows = last == least - 1 and last_digits == digits - 1 and least == shortest
                 if follows and not (apart or padded(first_digits, first)):
                     # 10 follows 9, and 0 follows -1: both are written as one range
                     last_digits, last = digits, most
