@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, product
-from typing import Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from ctask.errors import NodeNameError, NodeSetError, NodeSetParseError, NodeSetParseRangeError
 from ctask.nodes import names
@@ -51,7 +51,9 @@ from ctask.nodes.space import (
     size,
     union,
 )  # fmt: skip
-from ctask.nodes.wild import Part, parts_of_text
+
+if TYPE_CHECKING:
+    from ctask.nodes.wild import Part
 
 __all__ = ["TOO_MANY_PIECES", "Gather", "Groups", "Parsed", "apply", "combine", "parse", "split_name"]
 
@@ -349,6 +351,8 @@ class _Parser:
 
     def _parts(self, position: int, cuts: list[str]) -> Iterator[Part]:
         """Yield the parts of a wildcard."""
+        from ctask.nodes.wild import parts_of_text  # on demand: most texts have none
+
         for index, cut in enumerate(cuts):
             if index % 2 and "[" in cut:
                 yield self._slot(position, cut)
