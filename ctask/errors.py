@@ -10,7 +10,14 @@
     │  │  │  └─ NodeSetParseRangeError the numbers in it
     │  │  │     └─ RangeSetParseError  the text of a `RangeSet`
     │  │  └─ NodeSetExternalError      its groups: a source that is not there, or that does not answer
-    │  │     └─ NoSuchGroup            a group that its source has not
+    │  │     ├─ NoSuchGroup            a group that its source has not
+    │  │     ├─ GroupSourceError       a source of groups that cannot answer
+    │  │     │  ├─ GroupSourceNoUpcall    it has nothing to answer with
+    │  │     │  └─ GroupSourceQueryFailed its command failed
+    │  │     └─ GroupResolverError     what was asked for cannot be looked up
+    │  │        ├─ GroupResolverSourceError       no such source
+    │  │        ├─ GroupResolverIllegalCharError  a name that no group may have
+    │  │        └─ GroupResolverConfigError       groups.conf, or a file that it names
     │  ├─ NodeNameError                a name that no node may have
     │  ├─ CommandError                 a command that cannot be sent
     │  └─ OptionError                  an option that is unknown, or has no such value
@@ -78,6 +85,13 @@ __all__ = [
     "CtaskError",
     "Curable",
     "ExecRefused",
+    "GroupResolverConfigError",
+    "GroupResolverError",
+    "GroupResolverIllegalCharError",
+    "GroupResolverSourceError",
+    "GroupSourceError",
+    "GroupSourceNoUpcall",
+    "GroupSourceQueryFailed",
     "HandlerError",
     "HandshakeError",
     "HandshakeTimeout",
@@ -173,6 +187,34 @@ class NodeSetExternalError(NodeSetError):
 
 class NoSuchGroup(NodeSetExternalError):
     """A group that its source has not."""
+
+
+class GroupSourceError(NodeSetExternalError):
+    """A source of node groups that cannot answer."""
+
+
+class GroupSourceNoUpcall(GroupSourceError):
+    """A source that has nothing to answer such a question with: no command in its section, say."""
+
+
+class GroupSourceQueryFailed(GroupSourceError):
+    """A source whose command failed, did not end in time, or printed what it should not."""
+
+
+class GroupResolverError(NodeSetExternalError):
+    """A question about node groups that no source was asked."""
+
+
+class GroupResolverSourceError(GroupResolverError):
+    """A source of node groups that is not there."""
+
+
+class GroupResolverIllegalCharError(GroupResolverError):
+    """A name of a group, or of a node, with characters in it that it may not have there."""
+
+
+class GroupResolverConfigError(GroupResolverError):
+    """`groups.conf`, or a file that it names, cannot be used as it is; the message says which, and what to do."""
 
 
 class NodeNameError(UsageError):

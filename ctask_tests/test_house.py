@@ -115,6 +115,7 @@ ONLY = {
 OWNERS = {
     "paramiko": {"transports.ssh", "testing"},
     "tenacity": {"retry"},
+    "yaml": {"nodes"},
 }
 
 
@@ -282,7 +283,7 @@ def test_third_party_packages_stay_in_their_room(package: str) -> None:
 
 
 def test_import_ctask_is_light() -> None:
-    heavy = ("paramiko", "cryptography", "tenacity", "asyncio")
+    heavy = ("paramiko", "cryptography", "tenacity", "asyncio", "yaml")
     program = f"import sys, ctask; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False

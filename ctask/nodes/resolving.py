@@ -99,7 +99,7 @@ def std_group_resolver() -> Resolver:
     for resolver in _standard[:1]:
         return resolver
     # on demand: most programs name no group
-    from ctask.nodes.groups import GroupResolverConfig  # type: ignore[import-not-found]  # the next room
+    from ctask.nodes.groups import GroupResolverConfig
 
     made: Resolver = GroupResolverConfig()
     _standard.append(made)

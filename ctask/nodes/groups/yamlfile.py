@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`YAMLGroupLoader`: groups in a YAML file, read again when it has changed. Only this file knows PyYAML.
+
+Runs in any thread. What was read is one record that is replaced whole; where two threads read the file at once, the
+record of the later one stands.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctask.errors import GroupResolverConfigError, printable
+from ctask.nodes.groups.source import FileGroupSource, Groups
+
+__all__ = ["CACHE_TIME", "YAMLGroupLoader"]
+
+#: Seconds after which the file is looked at again.
+CACHE_TIME = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a file held."""
+
+    sources: dict[str, Groups]
+    stamp: tuple[int, int, int]  # of the file: inode, size, time
+    looked: float
+
+
+class YAMLGroupLoader:
+    """Reads a file of sources: ``site: {prod: "n[1-90]", test: [n91, n92], spare: null}``.
+
+    Iterating gives a `FileGroupSource` for each source in it. The file is looked at again `cache_time` seconds after
+    it was, and read if it has changed. Sources that are new in it then are not used until the program starts anew.
+
+    Thread safety: any thread may ask.
+
+    Args:
+        filename: the file.
+        cache_time: seconds; 0 looks at each question.
+
+    Raises:
+        GroupResolverConfigError: it cannot be read, or PyYAML is not installed.
+    """
+
+    def __init__(self, filename: str, cache_time: float | None = None) -> None:
+        self.filename = os.fspath(filename)
+        self.cache_time = CACHE_TIME if cache_time is None else cache_time
+        self._read = self._load()
+
+    def __iter__(self) -> Iterator[FileGroupSource]:
+        """Iterate over the sources that the file has now."""
+        return iter([FileGroupSource(name, self) for name in self._now().sources])
+
+    def groups(self, sourcename: str) -> Groups:
+        """Return the groups of a source as the file has them now; none if the source is gone from it.
+
+        Raises:
+            GroupResolverConfigError: the file has changed and cannot be read any more.
+        """
+        return self._now().sources.get(sourcename, {})
+
+    def _now(self) -> _Read:
+        read = self._read
+        now = time.monotonic()
+        if now < read.looked + self.cache_time:
+            return read
+        unchanged = self._stamp() == read.stamp
+        self._read = read = _Read(read.sources, read.stamp, now) if unchanged else self._load()
+        return read
+
+    def _stamp(self) -> tuple[int, int, int]:
+        try:
+            status = os.stat(self.filename)
+        except OSError as error:
+            raise self._bad(error.strerror or str(error)) from error
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _load(self) -> _Read:
+        stamp = self._stamp()  # before it is read: a change meanwhile is seen at the next look
+        return _Read(self._sources(self._parsed()), stamp, time.monotonic())
+
+    def _parsed(self) -> Any:
+        try:
+            import yaml  # an extra: only those who have such files need it
+        except ImportError as error:
+            raise GroupResolverConfigError(
+                f"{self.filename} is YAML, and PyYAML is not installed: pip install 'ctask[yaml]', or the package "
+                "python3-yaml of your distribution",
+                self.filename,
+            ) from error
+        try:
+            with open(self.filename, encoding="utf-8") as file:
+                return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise self._bad(" ".join(str(error).split())) from error
+
+    def _sources(self, parsed: Any) -> dict[str, Groups]:
+        if not isinstance(parsed, Mapping):
+            raise self._bad("it has to be sources with their groups: `site: {prod: 'n[1-90]'}`")
+        sources = {}
+        for name, groups in parsed.items():
+            if groups is not None and not isinstance(groups, Mapping):
+                raise self._bad(f"source {name!r} has to have groups with their nodes")
+            for word in (name, *(groups or ())):
+                if not isinstance(word, str):
+                    raise self._bad(f"the name {word!r} is not text to YAML; put it in quotes")
+            sources[name] = groups or {}
+        return sources
+
+    def _bad(self, reason: str) -> GroupResolverConfigError:
+        return GroupResolverConfigError(f"{self.filename} cannot be used: {printable(reason)}", self.filename)

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of node groups: in memory, commands, YAML files, and groups.conf. Commands are real shell scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ctask import NodeSet
+from ctask.errors import (
+    GroupResolverConfigError,
+    GroupResolverIllegalCharError,
+    GroupResolverSourceError,
+    GroupSourceError,
+    GroupSourceNoUpcall,
+    GroupSourceQueryFailed,
+    NodeSetExternalError,
+    NoSuchGroup,
+    UsageError,
+)
+from ctask.nodes import set_std_group_resolver
+from ctask.nodes.groups import (
+    GroupResolver,
+    GroupResolverConfig,
+    Groups,
+    GroupSource,
+    UpcallGroupSource,
+    YAMLGroupLoader,
+    config_paths,
+    set_std_group_resolver_config,
+    shell,
+)
+
+SITE: Groups = {"prod": "n[1-90]", "test": ["n91", NodeSet("n92")], "spare": None, "both": "@prod, @test"}
+
+
+@pytest.fixture(autouse=True)
+def no_machine_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing here reads the machine's own groups."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("CLUSTERSHELL_CFGDIR", raising=False)
+    monkeypatch.delenv("CTASK_CFGDIR", raising=False)
+    set_std_group_resolver(GroupResolver())
+    yield
+    set_std_group_resolver(None)
+
+
+def conf(folder: Path, text: str, files: Mapping[str, str] | None = None) -> GroupResolverConfig:
+    """Write groups.conf, and files beside it; return its resolver."""
+    for name, content in {"groups.conf": text, **(files or {})}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return GroupResolverConfig([folder / "groups.conf"])
+
+
+# -- in memory -----------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_a_program_are_looked_up() -> None:
+    resolver = GroupResolver(GroupSource("site", SITE))
+    assert str(NodeSet("@both!n3", resolver=resolver)) == "n[1-2,4-92]"
+    assert str(NodeSet("@site:test", resolver=resolver)) == "n[91-92]"
+    assert not NodeSet("@spare", resolver=resolver)
+    assert len(NodeSet("@*", resolver=resolver)) == 92
+    assert resolver.node_groups("n91") == ["test", "both"]
+
+
+def test_an_unknown_group_is_an_error_that_names_the_nearest() -> None:
+    resolver = GroupResolver(GroupSource("site", SITE, origin="/etc/clustershell/groups.d/site.yaml"))
+    with pytest.raises(NoSuchGroup) as caught:
+        NodeSet("@both!@pord", resolver=resolver)
+    assert str(caught.value) == (
+        "no such group: @pord (source site: /etc/clustershell/groups.d/site.yaml). Did you mean @prod?"
+    )
+    assert not NodeSet("@pord", resolver=resolver, missing="empty")
+
+
+def test_a_program_may_go_on_changing_its_groups() -> None:
+    groups = {"a": "n1"}
+    resolver = GroupResolver(GroupSource("site", groups))
+    groups["a"] = "n2"
+    assert str(NodeSet("@a", resolver=resolver)) == "n2"
+
+
+@pytest.mark.parametrize("value", [7, b"n1", {"a": "b"}, ["n1", 2]])
+def test_what_are_no_nodes_is_refused(value: object) -> None:
+    resolver = GroupResolver(GroupSource("site", {"a": value}))  # type: ignore[dict-item]
+    with pytest.raises(GroupSourceError, match="text"):
+        NodeSet("@a", resolver=resolver)
+
+
+def test_sources_have_names_of_their_own_and_a_default() -> None:
+    resolver = GroupResolver(GroupSource("one", {"a": "n1"}))
+    resolver.add_source(GroupSource("two", {"a": "m1"}))
+    with pytest.raises(GroupResolverSourceError, match="already"):
+        resolver.add_source(GroupSource("two"))
+    resolver.default_source_name = "two"
+    assert resolver.sources() == ["two", "one"]
+    assert str(NodeSet("@a,@one:a", resolver=resolver)) == "m1,n1"
+    with pytest.raises(GroupResolverSourceError, match=r"no such group source: tow\. Did you mean two\?"):
+        resolver.group_nodes("a", "tow")
+    with pytest.raises(GroupResolverSourceError, match="no source was added"):
+        GroupResolver().group_nodes("a")
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "a*", "a@b", "", "a\tb"])
+def test_a_group_with_such_a_name_is_refused(name: str) -> None:
+    resolver = GroupResolver(GroupSource("site", {name: "n1"}))
+    with pytest.raises(GroupResolverIllegalCharError):
+        resolver.group_nodes(name)
+    with pytest.raises(GroupResolverIllegalCharError):
+        resolver.grouplist()
+    assert issubclass(GroupResolverIllegalCharError, UsageError)
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_tell_groups(tmp_path: Path) -> None:
+    (tmp_path / "groups").write_text("web: n[1-4] n9\nold:\n")
+    source = UpcallGroupSource(
+        "file",
+        map_upcall=r"sed -n 's/^$GROUP:\(.*\)/\1/p' $CFGDIR/groups",
+        list_upcall=r"sed -n 's/^\([0-9A-Za-z_-]*\):.*/\1/p' groups",
+        all_upcall="echo n[1-4], n9",
+        reverse_upcall='echo web "$NODE-of-$SOURCE"',
+        cfgdir=str(tmp_path),
+    )
+    resolver = GroupResolver(source)
+    assert str(NodeSet("@web", resolver=resolver)) == "n[1-4,9]"
+    assert str(NodeSet("@*", resolver=resolver)) == "n[1-4,9]"
+    assert resolver.grouplist() == ["web", "old"]
+    assert resolver.node_groups("n1") == ["web", "n1-of-file"]
+    assert not NodeSet("@old", resolver=resolver)
+    with pytest.raises(NoSuchGroup, match="Did you mean @web"):
+        NodeSet("@weeb", resolver=resolver)
+
+
+NAMES = ["$(touch pwned)", "`touch pwned`", "a;touch${IFS}pwned", "a'b", 'a"b', "a|b", "a/e#", "--help", "..", "a\\b"]
+
+
+@pytest.mark.parametrize("command", ["echo $GROUP", "echo '$GROUP'", 'echo "$GROUP"', "eval echo $GROUP"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_cannot_run_anything(tmp_path: Path, name: str, command: str) -> None:
+    resolver = GroupResolver(UpcallGroupSource("bad", map_upcall=command, cfgdir=str(tmp_path)))
+    with pytest.raises(UsageError):
+        NodeSet(f"@{name}", resolver=resolver)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "printf %s $GROUP",
+        "printf %s '$GROUP'",
+        'printf %s "$GROUP"',
+        'printf %s "$(printf %s $GROUP)"',
+        'printf %s "`printf %s ${GROUP}`"',
+        "printf %s \"$(printf %s '$GROUP')\"",
+        "printf %s $GROUP # it's a comment: \" '",
+        "(printf %s ''); printf %s $GROUP",
+    ],
+)
+def test_quotes_do_not_matter_where_a_name_stands(tmp_path: Path, command: str) -> None:
+    # what is handed on is harmless by itself; this is what stands behind it
+    value = "$(touch pwned) `touch pwned` ' \" \\ *"
+    assert shell.run(command, variables={"GROUP": value}, folder=str(tmp_path), timeout=20) == value
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "due"),
+    [
+        ("echo $GROUPS $$1 $HOME", "echo $GROUPS $1 $HOME"),
+        (r"echo \$GROUP \'$NODE", r"echo \$GROUP \'" + '"${NODE}"'),
+        ("a#$GROUP", 'a#"${GROUP}"'),
+        ("# '$GROUP\n'$GROUP'", "# '$GROUP\n''\"${GROUP}\"''"),
+    ],
+)
+def test_the_rest_of_a_command_stays_as_it_is(command: str, due: str) -> None:
+    assert shell.quoted(command) == due
+
+
+def test_a_command_that_fails_says_so(tmp_path: Path) -> None:
+    source = UpcallGroupSource("slurm", map_upcall="echo sinfo: no controller >&2; exit 3", origin="/etc/x.conf")
+    with pytest.raises(GroupSourceQueryFailed) as caught:
+        NodeSet("@a", resolver=GroupResolver(source))
+    assert str(caught.value).startswith(
+        "`map` of source slurm: /etc/x.conf for 'a' exited with 3: sinfo: no controller; it is: echo"
+    )
+    with pytest.raises(GroupSourceNoUpcall, match="no command `list`"):
+        source.resolv_list()
+    gone = UpcallGroupSource("x", map_upcall="true", cfgdir=str(tmp_path / "gone"))
+    with pytest.raises(GroupSourceQueryFailed, match="could not be started"):
+        gone.resolv_map("a")
+
+
+def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    source = UpcallGroupSource("x", map_upcall="sleep 600 & echo $! >pid; wait", cfgdir=str(tmp_path), timeout=0.5)
+    with pytest.raises(GroupSourceQueryFailed, match=r"did not end within 0\.5 s"):
+        source.resolv_map("a")
+    process = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    deadline = time.monotonic() + 10
+    while process.exists() and ") Z" not in process.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not process.exists() or ") Z" in process.read_text()
+
+
+def test_a_command_that_floods_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "MOST", 1 << 20)
+    with pytest.raises(GroupSourceQueryFailed, match="more than 1 MiB"):
+        UpcallGroupSource("x", map_upcall="yes n1").resolv_map("a")
+
+
+def test_standard_input_is_closed_and_no_terminal_can_be_asked() -> None:
+    source = UpcallGroupSource("x", map_upcall="cat; cat /dev/tty 2>/dev/null || echo n1")
+    assert source.resolv_map("a") == ["n1"]
+
+
+def counting(tmp_path: Path, **upcalls: str) -> tuple[UpcallGroupSource, Path]:
+    log = tmp_path / "log"
+    log.touch()
+    texts = {key: f"echo x >>{log}; {text}" for key, text in upcalls.items()}
+    return UpcallGroupSource("x", **texts), log  # type: ignore[arg-type]  # texts alone
+
+
+def test_answers_are_kept_and_failures_are_not(tmp_path: Path) -> None:
+    source, log = counting(tmp_path, map_upcall="echo n1")
+    assert source.resolv_map("a") == source.resolv_map("a") == ["n1"]
+    assert len(log.read_text().split()) == 1
+    source.clear_cache()
+    source.resolv_map("a")
+    assert len(log.read_text().split()) == 2
+    source.cache_time = 0
+    source.clear_cache()
+    source.resolv_map("a")
+    source.resolv_map("a")
+    assert len(log.read_text().split()) == 4
+    source, log = counting(tmp_path, map_upcall="false")
+    for _ in range(2):
+        with pytest.raises(GroupSourceQueryFailed):
+            source.resolv_map("a")
+    assert len(log.read_text().split()) == 6
+
+
+def test_threads_that_ask_the_same_share_one_command(tmp_path: Path) -> None:
+    source, log = counting(tmp_path, map_upcall="until [ -e go ]; do sleep 0.02; done; echo n1; exit $(cat go)")
+    source.cfgdir = str(tmp_path)
+    for status, results in ((0, {"n1"}), (1, {"GroupSourceQueryFailed"})):
+        log.write_text("")
+        (tmp_path / "go").unlink(missing_ok=True)
+        waiting = threading.Barrier(5)
+
+        def ask(group: str, waiting: threading.Barrier = waiting) -> str:
+            waiting.wait(20)
+            try:
+                return ",".join(source.resolv_map(group))
+            except NodeSetExternalError as error:
+                return type(error).__name__
+
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, f"g{status}") for _ in range(4)]
+            waiting.wait(20)
+            while not log.read_text():
+                time.sleep(0.01)
+            time.sleep(0.1)  # for the others to come to the same question; one that is late runs it anew
+            (tmp_path / "ready").write_text(str(status))
+            (tmp_path / "ready").rename(tmp_path / "go")
+            assert {one.result(20) for one in asked} == results
+        if not status:
+            assert len(log.read_text().split()) == 1
+
+
+def test_a_forked_child_asks_anew(tmp_path: Path) -> None:
+    program = (
+        "import os\nfrom ctask.nodes.groups import UpcallGroupSource\n"
+        "source = UpcallGroupSource('x', map_upcall='echo n1')\n"
+        "source._cache._lock.acquire()\n"  # as if another thread held it
+        "child = os.fork()\n"
+        "if not child:\n    os._exit(0 if source.resolv_map('a') == ['n1'] else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_mapall_tells_all_groups_at_once(tmp_path: Path) -> None:
+    source, log = counting(tmp_path, mapall_upcall="echo 'a: n1 n2'; echo; echo b:; echo 'a: n3'")
+    resolver = GroupResolver(source)
+    assert str(NodeSet("@a", resolver=resolver)) == "n[1-3]"
+    assert not NodeSet("@b", resolver=resolver)
+    assert str(NodeSet("@*", resolver=resolver)) == "n[1-3]"
+    with pytest.raises(NoSuchGroup):
+        NodeSet("@c", resolver=resolver)
+    assert len(log.read_text().split()) == 1
+    both = UpcallGroupSource("x", map_upcall="echo m$GROUP", mapall_upcall="echo a: n1")
+    assert (both.resolv_map("a"), both.resolv_map("z")) == (["n1"], ["mz"])
+    with pytest.raises(GroupSourceQueryFailed, match="'nonsense'"):
+        UpcallGroupSource("x", mapall_upcall="echo a: n1; echo nonsense").resolv_map("a")
+
+
+# -- YAML ----------------------------------------------------------------------------------------------------------
+
+YAML = 'site:\n  all: "@prod,@test"\n  prod: n[1-90]\n  test: [n91, "n[92-93]"]\n  none:\nracks:\n  "1": n[1-9]\n'
+
+
+def test_yaml_files_have_sources_with_groups(tmp_path: Path) -> None:
+    resolver = conf(tmp_path, "[Main]\ndefault: site\nautodir: $CFGDIR/groups.d\n", {"groups.d/site.yaml": YAML})
+    assert str(NodeSet("@test,@racks:1", resolver=resolver)) == "n[1-9,91-93]"
+    assert len(NodeSet("@*", resolver=resolver)) == 93
+    assert not NodeSet("@none", resolver=resolver)
+    with pytest.raises(NoSuchGroup, match=r"@pord \(source site: .*/groups\.d/site\.yaml\)\. Did you mean @prod\?"):
+        NodeSet("@pord", resolver=resolver)
+
+
+def test_a_yaml_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(YAML)
+    loader = YAMLGroupLoader(str(path), cache_time=0)
+    source = next(iter(loader))
+    assert source.resolv_map("prod") == ["n[1-90]"]
+    path.write_text("site: {prod: n1}")
+    assert (source.resolv_map("prod"), source.resolv_list()) == (["n1"], ["prod"])
+    path.write_text("site: {prod: [")
+    with pytest.raises(GroupResolverConfigError, match=r"site\.yaml cannot be used"):
+        source.resolv_map("prod")
+    kept = YAMLGroupLoader(str(tmp_path / "other.yaml")) if path.rename(tmp_path / "other.yaml") is None else loader
+    with pytest.raises(GroupResolverConfigError, match="No such file"):
+        kept.groups("site")
+
+
+@pytest.mark.parametrize("text", ["- a", "site: [a]", "site: {1: n1}", "no: {a: n1}", "site: {a: n1", ""])
+def test_a_yaml_file_that_is_none_of_groups_is_named(tmp_path: Path, text: str) -> None:
+    resolver = conf(tmp_path, "[Main]\nautodir: groups.d\n", {"groups.d/site.yaml": text})
+    with pytest.raises(GroupResolverConfigError, match=r"groups\.d/site\.yaml"):
+        NodeSet("@a", resolver=resolver)
+
+
+def test_without_pyyaml_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    resolver = conf(tmp_path, "[Main]\nautodir: groups.d\n", {"groups.d/site.yaml": YAML})
+    with pytest.raises(GroupResolverConfigError, match=r"pip install 'ctask\[yaml\]'"):
+        resolver.sources()
+
+
+# -- groups.conf ---------------------------------------------------------------------------------------------------
+
+
+def test_groups_conf_is_read_as_clustershell_reads_it(tmp_path: Path) -> None:
+    resolver = conf(
+        tmp_path,
+        '[Main]\ndefault: own\nconfdir: /nonexistent "$CFGDIR/more.d" $CFGDIR/more.d\nautodir: $CFGDIR/groups.d\n'
+        "[own]\nmap: echo $CFGDIR %N $$CFGDIR; pwd\nlist: echo a\n[x1,x2]\nmap: echo $SOURCE-$GROUP\n",
+        {
+            "more.d/b.conf": "[b]\nmap: echo $CFGDIR\n[Main]\ndefault: b\n",
+            "more.d/a.conf": "[a]\nmapall: echo a: n1\ncache_time: 0\n",
+            "groups.d/site.yaml": YAML,
+        },
+    )
+    assert resolver.sources() == ["own", "a", "b", "site", "racks", "x1", "x2"]
+    assert resolver.group_nodes("g") == [str(tmp_path), "%N", str(tmp_path), str(tmp_path)]
+    assert resolver.group_nodes("g", "b") == [str(tmp_path / "more.d")]
+    assert (resolver.group_nodes("g", "x1"), resolver.group_nodes("g", "x2")) == (["x1-g"], ["x2-g"])
+
+
+def test_later_files_win_key_by_key(tmp_path: Path) -> None:
+    conf(tmp_path / "a", "[Main]\ndefault: s\n[s]\nmap: echo old\nall: echo everything\n[t]\nmap: echo t\n")
+    conf(tmp_path / "b", "[s]\nmap: echo new\n")
+    paths = [tmp_path / name / "groups.conf" for name in ("a", "none", "b")]
+    resolver = GroupResolverConfig(paths)
+    assert (resolver.group_nodes("g"), resolver.all_nodes()) == (["new"], ["everything"])
+    assert resolver.sources() == ["s", "t"]
+
+
+WRONG = [
+    ("[s]\nall: echo n1\n", "`map`, or `mapall`"),
+    ("[Main]\ndefault: x\n[s]\nmap: a\n", "default source 'x' is not there; sources: s"),
+    ("[s]\nmap: a\n[s]\nmap: b\n", "already exists"),
+    ("[s]\nmap: a\n[t,s]\nmap: b\n", "already"),
+    ("[s]\nmap: a\ncache_time: soon\n", "cache_time of .s. is seconds"),
+    ("[s]\nmap: a\ntimeout: 0\n", "more than 0 seconds"),
+    ("[s]\nmap: a\ncache_time: -1\n", "0 or more seconds"),
+    ("map: a\n", "no section headers"),
+    ("[Main]\nconfdir: 'x\n", "No closing quotation"),
+    ("[Main]\nconfdir: groups.conf\n", "to be a folder"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), WRONG)
+def test_a_config_that_cannot_be_used_is_refused_with_its_name(tmp_path: Path, text: str, reason: str) -> None:
+    resolver = conf(tmp_path, text)
+    for _ in range(2):  # and not half loaded
+        with pytest.raises(GroupResolverConfigError, match=reason) as caught:
+            NodeSet("@a", resolver=resolver)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_without_groups_conf_the_folder_beside_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "groups.d").mkdir()
+    (tmp_path / "groups.d" / "site.yaml").write_text(YAML)
+    assert str(NodeSet("@racks:1", resolver=GroupResolverConfig([tmp_path / "groups.conf"]))) == "n[1-9]"
+
+
+def test_without_any_config_it_is_said_where_was_looked(tmp_path: Path) -> None:
+    with pytest.raises(GroupResolverSourceError, match=f"no groups.conf, and no groups.d.*{tmp_path}"):
+        NodeSet("@a", resolver=GroupResolverConfig([tmp_path / "groups.conf"]))
+
+
+def test_where_config_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/x")
+    monkeypatch.setenv("CLUSTERSHELL_CFGDIR", "/c")
+    monkeypatch.setenv("CTASK_CFGDIR", "/d")
+    assert list(map(str, config_paths("groups.conf"))) == [
+        f"{folder}/groups.conf"
+        for folder in ("/etc/clustershell", "/etc/ctask", "/x/clustershell", "/x/ctask", "/c", "/d")
+    ]
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(config_paths("f")[3]) == "/home/me/.config/ctask/f"
+
+
+def test_the_groups_of_a_process_come_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf(tmp_path, "[Main]\ndefault: mine\n[mine]\nmap: echo n1\n")
+    monkeypatch.setenv("CTASK_CFGDIR", str(tmp_path))
+    set_std_group_resolver(None)
+    assert str(NodeSet("@g")) == "n1"
+    conf(tmp_path / "b", "[s]\nmap: echo n2\n")
+    set_std_group_resolver_config(tmp_path / "b" / "groups.conf")
+    assert str(NodeSet("@g")) == "n2"
+
+
+def test_threads_that_are_the_first_read_the_files_once(tmp_path: Path) -> None:
+    resolver = conf(tmp_path, "[Main]\nautodir: groups.d\n", {"groups.d/site.yaml": YAML})
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(lambda: NodeSet("@site:*", resolver=resolver)) for _ in range(16)]
+        assert {len(one.result()) for one in found} == {93}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_what_may_not_be_read_is_left_out(tmp_path: Path) -> None:
+    resolver = conf(tmp_path, "[Main]\nautodir: groups.d\n[s]\nmap: echo n1\n", {"groups.d/site.yaml": YAML})
+    (tmp_path / "groups.d" / "site.yaml").chmod(0)
+    assert resolver.sources() == ["s"]
