@@ -181,6 +181,11 @@ class NodeSetExternalError(NodeSetError):
         super().__init__(text, None, reason)
         self.args = (printable(reason),)
 
+    def before_anything(self) -> NodeSetExternalError:
+        """Return the error with the word that nothing was run; for who was about to run something."""
+        end = "" if self.reason.endswith(("?", ".")) else "."
+        return type(self)(f"{self.reason}{end} Nothing was run.", self.text)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, self.text)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ctask.buffers import BufferStore, MemoryBudget, Output
 from ctask.command import command_of
-from ctask.errors import CommandError, NodeSetError, OptionError, UsageError
+from ctask.errors import CommandError, NodeSetError, NodeSetExternalError, OptionError, UsageError
 from ctask.feed import Feed
 from ctask.handler import EVENTS, Handlers
 from ctask.job import Job
@@ -139,6 +139,13 @@ def node_set(nodes: NodesLike) -> NodeSet:
 
 
 def _names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet:
+    try:
+        return _checked_names(nodes, expect, allow_empty)
+    except NodeSetExternalError as error:
+        raise error.before_anything() from error.__cause__
+
+
+def _checked_names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet:
     if nodes is None:
         raise UsageError("nodes=None: say which nodes; leave nodes out to run the command on this machine")
     if isinstance(nodes, (str, NodeSet)):

@@ -37,3 +37,5 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ["HOME"] = home
     os.environ.pop("SSH_AUTH_SOCK", None)
+    for name in ("XDG_CONFIG_HOME", "CLUSTERSHELL_CFGDIR", "CTASK_CFGDIR"):  # what tells of node groups
+        os.environ.pop(name, None)

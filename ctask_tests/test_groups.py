@@ -106,7 +106,7 @@ def test_sources_have_names_of_their_own_and_a_default() -> None:
     resolver.default_source_name = "two"
     assert resolver.sources() == ["two", "one"]
     assert str(NodeSet("@a,@one:a", resolver=resolver)) == "m1,n1"
-    with pytest.raises(GroupResolverSourceError, match=r"no such group source: tow\. Did you mean two\?"):
+    with pytest.raises(GroupResolverSourceError, match=r"@tow:a: no such group source: tow\. Did you mean two\?"):
         resolver.group_nodes("a", "tow")
     with pytest.raises(GroupResolverSourceError, match="no source was added"):
         GroupResolver().group_nodes("a")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `python -m ctask`, and the console script `ctask`.
 
-From the ground up: `terminal` (what is written where), `arguments` (what was typed), `progress` and `feed` (the line
-that shrinks; standard input), `run` (the command itself).
+From the ground up: `terminal` (what is written where), `words` (options and their values), `groups` (which node groups
+are meant), `arguments` (what was typed), `progress` and `feed` (the line that shrinks; standard input), `run` (the
+command itself); `nodes` (`ctask nodes`, which runs nothing).
 
 Runs in the main thread, on its task; `progress` and `feed` have a thread each while a command runs.
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 from ctask import __version__
 from ctask.cli import arguments
+from ctask.cli.nodes import nodes
 from ctask.cli.run import run
 from ctask.cli.terminal import Terminal
 from ctask.errors import CtaskError, NodeSetError, UsageError
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     words = sys.argv[1:] if argv is None else argv
     try:
+        if words and words[0] == "nodes":
+            return nodes(words[1:], terminal)
         asked = arguments.read(words)
         if asked.help:
             terminal.out(arguments.HELP)

@@ -8,34 +8,36 @@ the table of them is what is read, and what `--help` prints. Pure functions, in 
 
 from __future__ import annotations
 
-import difflib
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctask.cli import openssh
-from ctask.errors import CommandError, NodeNameError, NodeSetError, OptionError, UsageError
-from ctask.nodes import NodeSet
+from ctask.cli import groups, openssh
+from ctask.cli.words import Option, Table
+from ctask.errors import (
+    CommandError,
+    NodeNameError,
+    NodeSetError,
+    NodeSetExternalError,
+    OptionError,
+    UsageError,
+)
+from ctask.nodes import NodeSet, Resolver
 from ctask.options import parse_option
 
 __all__ = ["HELP", "USAGE", "Request", "Typed", "read", "request"]
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One option, as it is typed and as `--help` tells it; a switch has no value."""
-
-    name: str
-    value: str
-    text: str
-
-
 OPTIONS = (
-    Option("-w", "NODES", "the nodes: n[1-40], login1,login2; may be repeated"),
+    Option("-w", "NODES", "the nodes: n[1-40], @rack3!n7, login*; may be repeated"),
     Option("-x", "NODES", "not on these; may be repeated"),
+    Option("-g", "GROUPS", "the nodes of these groups, without @: rack[1-3],login; may be repeated; also --group"),
+    Option("-X", "GROUPS", "not on the nodes of these groups; may be repeated"),
+    Option("-a", "", "all nodes that the source of groups knows; also --all"),
+    Option("-s", "SOURCE", "the source of groups that are named without one; also --groupsource"),
+    Option("--groupsconf", "FILE", "node groups by this groups.conf, and no other"),
     Option("--hostfile", "FILE", "nodes from a file, separated by white space; lines that begin with # are skipped"),
     Option("--expect", "N", "refuse to run unless there are exactly N nodes"),
     Option("-b", "", "gather: each distinct output once, at the end, under its nodes"),
@@ -54,8 +56,13 @@ OPTIONS = (
     Option("-h", "", "this text; also --help"),
     Option("--version", "", "which ctask this is"),
 )
-_TABLE = {option.name: option for option in OPTIONS}
-_SPELLINGS = {"--help": "-h"}
+_SPELLINGS = {
+    "--help": "-h",
+    "--group": "-g",
+    "--all": "-a",
+    "--groupsource": "-s",
+}
+_TABLE = Table(OPTIONS, _SPELLINGS, "ctask --help")
 
 USAGE = "usage: ctask [run] -w NODES [options] [--] COMMAND…"
 
@@ -67,6 +74,7 @@ Run a command on many nodes at once, over SSH.
   ctask -w n[1-40] uname -r         each line as it comes, behind the name of its node
   ctask -b -w n[1-40] uname -r      nodes that say the same stand together
   ctask -w n[1-40] -x n7 -u 30 'df /scratch | tail -n 1'
+  ctask nodes -f n1 n2 n3           count, fold and combine node sets: ctask nodes --help
 
 What nodes print goes to standard output, and their errors to standard error. How it went, where not all went well,
 is told on standard error at the end: every node once, and whether the command ran there.
@@ -84,16 +92,7 @@ within 2 s ends them with TERM.
 """
 
 
-def _help() -> str:
-    width = max(len(f"{option.name} {option.value}") for option in OPTIONS) + 4
-    lines = []
-    for option in OPTIONS:
-        first = f"  {option.name} {option.value}".ljust(width)
-        lines.append(textwrap.fill(option.text, 110, initial_indent=first, subsequent_indent=" " * width))
-    return _HEAD + "\n".join(lines) + "\n" + _FOOT
-
-
-HELP = _help()
+HELP = _HEAD + _TABLE.told() + _FOOT
 
 
 @dataclass(slots=True)
@@ -152,53 +151,10 @@ def read(words: Sequence[str]) -> Typed:
         word = rest.pop(0)
         if word == "--":
             break
-        if word.startswith("--"):
-            _long(typed, word, rest)
-        else:
-            _short(typed, word, rest)
+        for name, value in _TABLE.take(word, rest):
+            typed.options.setdefault(name, []).append(value)
     typed.command = rest
     return typed
-
-
-def _long(typed: Typed, word: str, rest: list[str]) -> None:
-    """`--name`, `--name value` or `--name=value`."""
-    name, equals, value = word.partition("=")
-    option = _known(name)
-    if option.value:
-        _add(typed, option, value if equals else None, rest)
-    elif equals:
-        raise OptionError(f"{name} takes no value")
-    else:
-        _add(typed, option, "", rest)
-
-
-def _short(typed: Typed, word: str, rest: list[str]) -> None:
-    """`-b`, `-bS`, `-w value` or `-wvalue`."""
-    letters = word[1:]
-    while letters:
-        option = _known(f"-{letters[0]}")
-        letters = letters[1:]
-        if option.value:
-            _add(typed, option, letters or None, rest)
-            return
-        _add(typed, option, "", rest)
-
-
-def _known(name: str) -> Option:
-    option = _TABLE.get(_SPELLINGS.get(name, name))
-    if option is None:
-        near = difflib.get_close_matches(name, [*_TABLE, *_SPELLINGS], 1) if name.startswith("--") else []
-        hint = f"did you mean {near[0]}?" if near else "ctask --help lists them"
-        raise OptionError(f"no such option: {name}; {hint}")
-    return option
-
-
-def _add(typed: Typed, option: Option, value: str | None, rest: list[str]) -> None:
-    if value is None:
-        if not rest:
-            raise OptionError(f"{option.name} takes a value: {option.name} {option.value}")
-        value = rest.pop(0)
-    typed.options.setdefault(option.name, []).append(value)
 
 
 def request(typed: Typed) -> Request:
@@ -243,25 +199,51 @@ def request(typed: Typed) -> Request:
 
 
 def _nodes(typed: Typed) -> NodeSet:
-    named, files = typed.options.get("-w", []), typed.options.get("--hostfile", [])
-    if not named and not files:
-        raise UsageError("say on which nodes: -w NODES, or --hostfile FILE")
-    nodes = NodeSet()
-    for text in named:
-        nodes.update(NodeSet(text))
-    for path in files:
-        nodes.update(_hostfile(path))
-    if not nodes:
-        raise UsageError(f"no nodes in {' '.join([*(f'-w {text!r}' for text in named), *files])}. Nothing was run")
-    without = NodeSet()
-    for text in typed.options.get("-x", []):
-        without.update(NodeSet(text))
-    if nodes <= without:
-        raise UsageError(f"no nodes are left: -x takes out all of {nodes}. Nothing was run")
-    return nodes - without
+    try:
+        return _NodesAsked(typed).nodes()
+    except NodeSetExternalError as error:
+        raise error.before_anything() from error.__cause__
 
 
-def _hostfile(path: str) -> NodeSet:
+class _NodesAsked:
+    """The options that name nodes, and who knows the groups in them."""
+
+    def __init__(self, typed: Typed) -> None:
+        self._typed = typed
+        self._resolver = groups.resolver(typed.last("--groupsconf"), typed.last("-s"))
+
+    def nodes(self) -> NodeSet:
+        """Return the nodes that are asked for; exclusions always win."""
+        options = self._typed.options
+        named = [f"{flag} {text!r}" for flag in ("-w", "-g") for text in options.get(flag, [])]
+        named += ["-a"] if "-a" in options else []
+        files = options.get("--hostfile", [])
+        if not named and not files:
+            raise UsageError("say on which nodes: -w NODES, -g GROUPS, -a, or --hostfile FILE")
+        found = self._named("-w", "-g")
+        if "-a" in options:
+            found.update(NodeSet.fromall(resolver=self._resolver))
+        for path in files:
+            found.update(_hostfile(path, self._resolver))
+        if not found:
+            raise UsageError(f"no nodes in {' '.join([*named, *files])}. Nothing was run")
+        without = self._named("-x", "-X")
+        if found <= without:
+            flags = " and ".join(flag for flag in ("-x", "-X") if flag in options)
+            verb = "takes" if len(flags) == 2 else "take"
+            raise UsageError(f"no nodes are left: {flags} {verb} out all of {found}. Nothing was run")
+        return found - without
+
+    def _named(self, by_nodes: str, by_groups: str) -> NodeSet:
+        options = self._typed.options
+        texts = [*options.get(by_nodes, []), *map(groups.named, options.get(by_groups, []))]
+        found = NodeSet(resolver=self._resolver)
+        for text in texts:
+            found.update(NodeSet(text, resolver=self._resolver))
+        return found
+
+
+def _hostfile(path: str, resolver: Resolver | None) -> NodeSet:
     try:
         text = Path(path).read_bytes().decode("utf-8", "backslashreplace")
     except (OSError, ValueError) as error:
@@ -269,18 +251,18 @@ def _hostfile(path: str) -> NodeSet:
     lines = [line.split() for line in text.split("\n")]
     kept = [(number, line) for number, line in enumerate(lines, 1) if line and not line[0].startswith("#")]
     try:
-        return NodeSet.fromlist(word for _, line in kept for word in line)
+        return NodeSet.fromlist((word for _, line in kept for word in line), resolver=resolver)
     except (NodeSetError, NodeNameError):
         for number, line in kept:
-            _named_on(line, f"{path}:{number}")
+            _named_on(line, f"{path}:{number}", resolver)
         raise
 
 
-def _named_on(words: list[str], where: str) -> None:
+def _named_on(words: list[str], where: str, resolver: Resolver | None) -> None:
     """Raise with the place if one of the words names no nodes."""
     for word in words:
         try:
-            NodeSet(word)
+            NodeSet(word, resolver=resolver)
         except (NodeSetError, NodeNameError) as error:
             raise OptionError(f"{where}: {error}") from error
 

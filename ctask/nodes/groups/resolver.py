@@ -89,7 +89,7 @@ class GroupResolver:
             NoSuchGroup: its source has none of that name; the message names the nearest one.
             NodeSetExternalError: there is no such source, it does not answer, or the name can be none of a group.
         """
-        found = self._source(source)
+        found = self._source(source, group)
         self._check(group)
         try:
             return words(found.resolv_map(group), f"group {group!r} of {found}")
@@ -143,12 +143,13 @@ class GroupResolver:
     def _load(self) -> None:
         """Have the sources there; where they are configured, they are read at the first question."""
 
-    def _source(self, name: str | None) -> GroupSource:
+    def _source(self, name: str | None, group: str = "*") -> GroupSource:
         self._load()
         wanted = self._default if name is None else name
         found = self._sources.get(wanted) if wanted is not None else None
         if found is None:
-            raise GroupResolverSourceError(self._no_source(name), "" if name is None else f"@{name}:")
+            asked = f"@{group}" if name is None else f"@{name}:{group}"
+            raise GroupResolverSourceError(f"{printable(asked)}: {self._no_source(name)}", asked)
         return found
 
     def _no_source(self, name: str | None) -> str:
