@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ctask import NodeSet
+from ctask import NodeSet, Task, task_self
 from ctask.errors import (
     GroupResolverConfigError,
     GroupResolverIllegalCharError,
@@ -450,3 +452,119 @@ def test_what_may_not_be_read_is_left_out(tmp_path: Path) -> None:
     resolver = conf(tmp_path, "[Main]\nautodir: groups.d\n[s]\nmap: echo n1\n", {"groups.d/site.yaml": YAML})
     (tmp_path / "groups.d" / "site.yaml").chmod(0)
     assert resolver.sources() == ["s"]
+
+
+# -- in runs, and in the examples ----------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_a_task_takes_groups_wherever_nodes_are_asked_for() -> None:
+    set_std_group_resolver(GroupResolver(GroupSource("site", {"prod": "n[1-3]", "down": "n2", "none": ""})))
+    task = task_self()
+    task.node_options("@down", transport="local")
+    worker = task.run("echo %h", nodes="@prod!@down", transport="local", expect=2)
+    assert str(worker.ok) == "n[1,3]"
+    worker = task.run("echo %h", nodes=["@down", "n3"], transport="local")
+    assert str(worker.ok) == "n[2-3]"
+    with pytest.raises(UsageError, match="the node set is empty"):
+        task.run("reboot", nodes="@none")
+
+
+@pytest.mark.parametrize("call", [Task.run, Task.shell, Task.submit])
+@pytest.mark.parametrize("nodes", ["@prod!@pord", "@pord", ["n1", "@pord"]])
+def test_an_unknown_group_is_refused_before_anything_is_sent(call: Callable[..., object], nodes: object) -> None:
+    set_std_group_resolver(GroupResolver(GroupSource("site", {"prod": "n[1-3]"})))
+    with pytest.raises(NoSuchGroup) as caught:
+        call(task_self(), "reboot", nodes=nodes)
+    assert str(caught.value) == "no such group: @pord. Did you mean @prod? Nothing was run."
+
+
+def test_the_example_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "guard.py"))
+    assert capsys.readouterr().out == "NodeSetError: no such group: @pord. Did you mean @prod? Nothing was run.\n"
+
+
+#: What the programs of a site would print, by what they are asked.
+FAKES = {
+    "sinfo": """case "$*" in
+        "-h -o %N -p compute") echo 'n[1-4]'; echo n9 ;;
+        "-h -o %N -t drained") echo n4 ;;
+        "-h -o %N") echo 'n[1-9]' ;;
+        "-h -o %R") echo compute; echo gpu ;;
+        "-h -o %T") echo 'idle*'; echo drained ;;
+        "-h -N -o %R -n n1") echo compute ;;
+        "-h -N -o %T -n n4") echo 'drained$' ;;
+    esac""",
+    "squeue": """case "$*" in
+        *"-o %N -j 4711") echo 'n[1-2]' ;;
+        *"-o %N -u alice") echo n1; echo 'n[2-3]' ;;
+        *"-j "*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1 ;;
+        *"-o %i") echo 4711 ;;
+        *"-o %u") echo alice ;;
+        *"-o %i -w n1") echo 4711 ;;
+    esac""",
+    "nodeattr": """case "$*" in
+        --expand) echo 'n1 compute,rack=1'; echo 'n2 compute,rack=2'; echo 'l1 login' ;;
+        "-l n1") echo compute; echo rack=1 ;;
+    esac""",
+    "ansible-inventory": """cat <<'END'
+{"_meta": {"hostvars": {}}, "all": {"children": ["ungrouped", "web"]}, "ungrouped": {"hosts": ["db1"]},
+ "web": {"hosts": ["w1", "w2"], "children": ["edge"]}, "edge": {"hosts": ["e1"]}}
+END""",
+    "getent": "printf '127.0.0.1 localhost\\n10.0.0.1 n1 n1.example\\n10.0.0.2 n2\\n10.0.0.9 login\\n'",
+}
+
+READY = [
+    ("slurm.conf", "@slurm:compute", "n[1-4,9]"),
+    ("slurm.conf", "@slurm:*", "n[1-9]"),
+    ("slurm.conf", "@slurm:gpu", ""),
+    ("slurm.conf", "@slurmstate:drained", "n4"),
+    ("slurm.conf", "@@slurmstate", "drained,idle"),
+    ("slurm.conf", "@slurmjob:4711", "n[1-2]"),
+    ("slurm.conf", "@slurmuser:alice", "n[1-3]"),
+    ("genders.conf", "@genders:compute", "n[1-2]"),
+    ("genders.conf", "@genders:rack=2", "n2"),
+    ("genders.conf", "@genders:rack", "n[1-2]"),
+    ("genders.conf", "@genders:*", "l1,n[1-2]"),
+    ("ansible.conf", "@ansible:web", "e1,w[1-2]"),
+    ("ansible.conf", "@ansible:all", "db1,e1,w[1-2]"),
+    ("hosts.conf", "@hosts:n", "n[1-2]"),
+    ("hosts.conf", "@hosts:*", "login,n[1-2]"),
+    ("hosts.conf", "@local:prod", "n[1-9]"),
+]
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The ready sources with programs that answer for a site's."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in FAKES.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    folder = tmp_path / "etc"
+    shutil.copytree(EXAMPLES / "groups", folder)
+    (folder / "groups").write_text("# ours\nprod: n[1-8] n9  # and more\n")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "nodes", "due"), READY)
+def test_the_ready_sources_do_what_they_say(ready: Path, name: str, nodes: str, due: str) -> None:
+    assert str(NodeSet(nodes, resolver=GroupResolverConfig([ready / name]))) == due
+
+
+def test_the_ready_sources_know_what_they_have_not(ready: Path) -> None:
+    for group in ("slurm:computer", "slurmjob:4712"):
+        with pytest.raises(NoSuchGroup, match=f"no such group: @{group}"):
+            NodeSet(f"@{group}", resolver=GroupResolverConfig([ready / "slurm.conf"]))
+    with pytest.raises(NoSuchGroup, match="no such group: @rak. Did you mean @rack"):
+        NodeSet("@rak", resolver=GroupResolverConfig([ready / "genders.conf"]))
+
+
+def test_the_ready_sources_know_the_groups_of_a_node(ready: Path) -> None:
+    slurm = GroupResolverConfig([ready / "slurm.conf"])
+    assert (slurm.node_groups("n1"), slurm.node_groups("n4", "slurmstate")) == (["compute"], ["drained"])
+    assert slurm.node_groups("n1", "slurmjob") == ["4711"]
+    assert GroupResolverConfig([ready / "genders.conf"]).node_groups("n1") == ["compute", "rack=1"]

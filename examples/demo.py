@@ -161,6 +161,13 @@ def check_badday(run: Run) -> str:
     return f"every node once: nobody waited longer than the timeouts ({run.seconds:.1f} s in all)"
 
 
+def check_guard(run: Run) -> str:
+    run.expect("NodeSetError: no such group: @pord. Did you mean @prod? Nothing was run.")
+    if run.connections:
+        raise NotAsItShouldError(f"{run.connections} connections were made")
+    return "no node was even connected to; ClusterShell would have rebooted all 16"
+
+
 EXAMPLES = (
     Example("gather", "gather.py", check_gather),
     Example("two commands at once", "two.py", check_two),
@@ -177,6 +184,7 @@ EXAMPLES = (
         check_badday,
         spoil_the_day,
     ),
+    Example("an editor's mistake, refused", "guard.py", check_guard),
 )
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
