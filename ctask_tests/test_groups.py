@@ -559,7 +559,7 @@ def test_the_ready_sources_know_what_they_have_not(ready: Path) -> None:
     for group in ("slurm:computer", "slurmjob:4712"):
         with pytest.raises(NoSuchGroup, match=f"no such group: @{group}"):
             NodeSet(f"@{group}", resolver=GroupResolverConfig([ready / "slurm.conf"]))
-    with pytest.raises(NoSuchGroup, match="no such group: @rak. Did you mean @rack"):
+    with pytest.raises(NoSuchGroup, match=r"no such group: @rak \(source genders: .*\)\. Did you mean @rack"):
         NodeSet("@rak", resolver=GroupResolverConfig([ready / "genders.conf"]))
 
 
