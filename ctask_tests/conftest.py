@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypothesis import settings
+
+from ctask.nodes.groups import config as groups_config
 
 if TYPE_CHECKING:
     import pytest
@@ -39,3 +42,4 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("SSH_AUTH_SOCK", None)
     for name in ("XDG_CONFIG_HOME", "CLUSTERSHELL_CFGDIR", "CTASK_CFGDIR"):  # what tells of node groups
         os.environ.pop(name, None)
+    groups_config.SYSTEM_FOLDERS = (Path(home, "etc"),)

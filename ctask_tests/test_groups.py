@@ -36,7 +36,6 @@ from ctask.nodes.groups import (
     GroupSource,
     UpcallGroupSource,
     YAMLGroupLoader,
-    config_paths,
     set_std_group_resolver_config,
     shell,
 )
@@ -417,17 +416,19 @@ def test_without_any_config_it_is_said_where_was_looked(tmp_path: Path) -> None:
         NodeSet("@a", resolver=GroupResolverConfig([tmp_path / "groups.conf"]))
 
 
-def test_where_config_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", "/x")
-    monkeypatch.setenv("CLUSTERSHELL_CFGDIR", "/c")
-    monkeypatch.setenv("CTASK_CFGDIR", "/d")
-    assert list(map(str, config_paths("groups.conf"))) == [
-        f"{folder}/groups.conf"
-        for folder in ("/etc/clustershell", "/etc/ctask", "/x/clustershell", "/x/ctask", "/c", "/d")
-    ]
-    monkeypatch.delenv("XDG_CONFIG_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert str(config_paths("f")[3]) == "/home/me/.config/ctask/f"
+def test_where_config_is_looked_for() -> None:
+    def looked(**environment: str) -> list[str]:
+        program = "from ctask.nodes.groups import config_paths; print(*config_paths('f'))"
+        environment["HOME"] = "/home/me"
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout.split()
+
+    system = ["/etc/clustershell/f", "/etc/ctask/f"]
+    assert looked() == [*system, "/home/me/.config/clustershell/f", "/home/me/.config/ctask/f"]
+    own = ["/x/clustershell/f", "/x/ctask/f", "/c/f", "/d/f"]
+    assert looked(XDG_CONFIG_HOME="/x", CLUSTERSHELL_CFGDIR="/c", CTASK_CFGDIR="/d") == [*system, *own]
 
 
 def test_the_groups_of_a_process_come_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

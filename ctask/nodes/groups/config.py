@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ctask.errors import GroupResolverConfigError, printable
+from ctask.errors import GroupResolverConfigError, GroupSourceError, printable
 from ctask.nodes.groups.resolver import GroupResolver
 from ctask.nodes.groups.source import GroupSource
 from ctask.nodes.groups.upcall import UpcallGroupSource
@@ -25,6 +25,9 @@ from ctask.nodes.resolving import set_std_group_resolver
 __all__ = ["GroupResolverConfig", "config_paths", "set_std_group_resolver_config"]
 
 log = logging.getLogger("ctask.nodes.groups")
+
+#: Where the configuration of the system lies.
+SYSTEM_FOLDERS: Sequence[Path] = (Path("/etc/clustershell"), Path("/etc/ctask"))
 
 _MAIN = "Main"
 
@@ -38,7 +41,7 @@ def config_paths(name: str) -> list[Path]:
     """
     environment = os.environ
     home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
-    folders = [Path("/etc/clustershell"), Path("/etc/ctask"), home / "clustershell", home / "ctask"]
+    folders = [*SYSTEM_FOLDERS, home / "clustershell", home / "ctask"]
     folders += [Path(environment[key]) for key in ("CLUSTERSHELL_CFGDIR", "CTASK_CFGDIR") if environment.get(key)]
     found = []
     for folder in folders:
@@ -154,8 +157,8 @@ class _Reader:
         for name in filter(None, map(str.strip, names.split(","))):
             try:
                 source = UpcallGroupSource(name, cfgdir=str(path.parent), origin=str(path), **upcalls, **times)  # type: ignore[arg-type]  # by name
-            except ValueError as error:
-                raise GroupResolverConfigError(f"{path}: [{names}]: {error}") from None
+            except GroupSourceError as error:
+                raise GroupResolverConfigError(str(error), str(path)) from None
             self._add(source, path)
 
     def _add(self, source: GroupSource, path: Path) -> None:

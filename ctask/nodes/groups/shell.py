@@ -16,6 +16,7 @@ Runs in the thread that asks, which waits for the command. No state.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import selectors
@@ -27,6 +28,8 @@ from collections.abc import Mapping
 from ctask.errors import GroupResolverIllegalCharError, printable
 
 __all__ = ["MOST", "CommandFailedError", "check_name", "quoted", "run"]
+
+log = logging.getLogger("ctask.nodes.groups")
 
 #: Bytes that a command may print: a hundred thousand nodes in a hundred groups each are less.
 MOST = 64 << 20
@@ -146,6 +149,8 @@ def run(command: str, *, variables: Mapping[str, str], folder: str | None, timeo
             raise
     if process.returncode:
         raise CommandFailedError(_ended(process.returncode, told))
+    if told:
+        log.info("a command of a group source said on its standard error: %s", _last_line(told))
     return output.decode("utf-8", "backslashreplace")
 
 
@@ -190,5 +195,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def _ended(status: int, told: bytes) -> str:
     how = f"exited with {status}" if status > 0 else f"was ended by signal {-status}"
-    lines = printable(told.decode("utf-8", "backslashreplace").strip().rpartition("\n")[2])
-    return f"{how}: {lines}" if lines else how
+    return f"{how}: {_last_line(told)}" if told.strip() else how
+
+
+def _last_line(told: bytes) -> str:
+    return printable(told.decode("utf-8", "backslashreplace").strip().rpartition("\n")[2])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ctask.errors import GroupSourceNoUpcall, GroupSourceQueryFailed, NodeSetExternalError, printable
+from ctask.errors import GroupSourceError, GroupSourceNoUpcall, GroupSourceQueryFailed, NodeSetExternalError, printable
 from ctask.nodes.groups import shell
 from ctask.nodes.groups.source import GroupSource, words
 from ctask.nodes.resolving import no_such_group
@@ -56,7 +56,7 @@ class UpcallGroupSource(GroupSource):
         origin: where it is from, such as the path of a file; told in errors.
 
     Raises:
-        ValueError: neither `map_upcall` nor `mapall_upcall`, or a time that is none.
+        GroupSourceError: neither `map_upcall` nor `mapall_upcall`, or a time that is none.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class UpcallGroupSource(GroupSource):
     ) -> None:
         super().__init__(name, origin=origin)
         if not map_upcall and not mapall_upcall:
-            raise ValueError("it needs `map`, or `mapall`")
+            raise GroupSourceError(f"{self} needs `map`, or `mapall`")
         self.upcalls = {
             key: text
             for key, text in (
@@ -91,9 +91,9 @@ class UpcallGroupSource(GroupSource):
         self.cache_time = CACHE_TIME if cache_time is None else float(cache_time)
         self.timeout = TIMEOUT if timeout is None else float(timeout)
         if not self.cache_time >= 0:  # NaN is not either
-            raise ValueError(f"cache_time is 0 or more seconds, not {cache_time}")
+            raise GroupSourceError(f"{self}: cache_time is 0 or more seconds, not {cache_time}")
         if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout is more than 0 seconds, not {timeout}")
+            raise GroupSourceError(f"{self}: timeout is more than 0 seconds, not {timeout}")
         self._cache = _Cache()
 
     @property
