@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from ctask import __version__
 from ctask.cli import arguments
-from ctask.cli.nodes import nodes
 from ctask.cli.run import run
 from ctask.cli.terminal import Terminal
 from ctask.errors import CtaskError, NodeSetError, UsageError
@@ -37,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         if words and words[0] == "nodes":
+            from ctask.cli.nodes import nodes  # on demand: a run needs nothing of it
+
             return nodes(words[1:], terminal)
         asked = arguments.read(words)
         if asked.help:

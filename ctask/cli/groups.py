@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ctask.errors import OptionError
 from ctask.nodes import Resolver
-from ctask.nodes.groups import GroupResolverConfig
 
 __all__ = ["named", "resolver"]
 
@@ -30,6 +29,8 @@ def resolver(conf: str | None, source: str | None) -> Resolver | None:
         return None
     if conf is not None and not Path(conf).is_file():
         raise OptionError(f"--groupsconf {conf}: there is no such file")
+    from ctask.nodes.groups import GroupResolverConfig  # on demand: most runs name no group
+
     made = GroupResolverConfig(None if conf is None else [conf])
     if source is not None:
         made.default_source_name = source
