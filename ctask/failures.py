@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ctask.errors import printable
+from ctask.errors.text import printable
 from ctask.nodes import NodeSet
 from ctask.result import NodeResult
 

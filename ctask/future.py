@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from ctask.errors import Aborted, printable
+from ctask.errors import Aborted
+from ctask.errors.text import printable
 from ctask.result import NodeResult
 
 __all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]

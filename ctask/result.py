@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctask.buffers import Capture, Look, Output
-from ctask.errors import CommandFailed, NodeError, printable
+from ctask.errors import CommandFailed, NodeError
+from ctask.errors.text import printable
 from ctask.nodes import NodeSet
 from ctask.states import Outcome
 

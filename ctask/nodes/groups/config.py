@@ -15,7 +15,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ctask.errors import GroupResolverConfigError, GroupSourceError, printable
+from ctask.errors import GroupResolverConfigError, GroupSourceError
+from ctask.errors.text import printable
 from ctask.nodes.groups.resolver import GroupResolver
 from ctask.nodes.groups.source import GroupSource
 from ctask.nodes.groups.upcall import UpcallGroupSource

@@ -17,8 +17,8 @@ from ctask.errors import (
     GroupSourceNoUpcall,
     NodeSetExternalError,
     NoSuchGroup,
-    printable,
 )
+from ctask.errors.text import printable
 from ctask.nodes.groups.source import GroupSource, words
 from ctask.nodes.nodeset import NodeSet
 from ctask.nodes.resolving import no_such_group

@@ -25,7 +25,8 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from ctask.errors import GroupResolverIllegalCharError, printable
+from ctask.errors import GroupResolverIllegalCharError
+from ctask.errors.text import printable
 
 __all__ = ["MOST", "CommandFailedError", "check_name", "quoted", "run"]
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ctask.errors import GroupSourceError, GroupSourceNoUpcall, GroupSourceQueryFailed, NodeSetExternalError, printable
+from ctask.errors import GroupSourceError, GroupSourceNoUpcall, GroupSourceQueryFailed, NodeSetExternalError
+from ctask.errors.text import printable
 from ctask.nodes.groups import shell
 from ctask.nodes.groups.source import GroupSource, words
 from ctask.nodes.resolving import no_such_group

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctask.errors import GroupResolverConfigError, printable
+from ctask.errors import GroupResolverConfigError
+from ctask.errors.text import printable
 from ctask.nodes.groups.source import FileGroupSource, Groups
 
 __all__ = ["CACHE_TIME", "YAMLGroupLoader"]

@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ctask.errors import NodeError, printable
+from ctask.errors import NodeError
+from ctask.errors.text import printable
 from ctask.options import Command, Stop
 from ctask.result import Ending, RemoteProcess
 from ctask.transports.base import STDOUT, Session
