@@ -10,7 +10,7 @@ import concurrent.futures
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ctask.errors import Aborted
 from ctask.errors.text import printable
@@ -63,6 +63,8 @@ class Future(concurrent.futures.Future[NodeResult]):
         self.node = node
         #: somebody pumps for it: the dispatcher wakes the owner when it resolves
         self.watched = False
+        #: called by the dispatcher once it has resolved; put in and taken out by those who wait for several
+        self.told: list[Callable[[Future], None]] = []
 
     def result(self, timeout: float | None = None) -> NodeResult:
         """Return the result, waiting at most `timeout` seconds.
@@ -140,7 +142,9 @@ def wait(
             return True
         return len(ended.futures) == len(fs)
 
-    if fs and ended.wait_for(enough, timeout, some=return_when == concurrent.futures.FIRST_COMPLETED) is None:
+    with ended:
+        waited = not fs or ended.wait_for(enough, timeout, some=return_when == concurrent.futures.FIRST_COMPLETED)
+    if waited is None:
         concurrent.futures.wait(fs, timeout, return_when)
     done = {future for future in fs if future.done()}
     return done, fs - done
@@ -158,40 +162,56 @@ def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Ite
     fs = set(futures)
     ended = _Ended(fs)
     until = None if timeout is None else time.monotonic() + timeout
-    for count in range(len(fs)):
-        left = None if until is None else max(0.0, until - time.monotonic())
-        waited = ended.wait_for(lambda: bool(ended.futures), left)
-        if waited is None:
-            for other in concurrent.futures.as_completed(fs.difference(ended.given), left):
-                assert isinstance(other, Future)
-                yield other
-            return
-        if not waited:
-            raise TimeoutError(f"{len(fs) - count} jobs have not ended within {timeout:g} s; they go on")
-        future = ended.futures.popleft()
-        ended.given.add(future)
-        yield future
+    with ended:
+        for count in range(len(fs)):
+            left = None if until is None else max(0.0, until - time.monotonic())
+            waited = ended.wait_for(lambda: bool(ended.futures), left)
+            if waited is None:
+                for other in concurrent.futures.as_completed(fs.difference(ended.given), left):
+                    assert isinstance(other, Future)
+                    yield other
+                return
+            if not waited:
+                raise TimeoutError(f"{len(fs) - count} jobs have not ended within {timeout:g} s; they go on")
+            future = ended.futures.popleft()
+            ended.given.add(future)
+            yield future
 
 
 class _Ended:
-    """Counts the futures of a set as they end: looking at all of them for each would be quadratic."""
+    """Counts the futures of a set as they end: looking at all of them for each would be quadratic.
+
+    A context manager: it takes back what it has asked of futures, since a program may wait for them again and again.
+    """
 
     def __init__(self, futures: set[Future]) -> None:
-        #: appended to by the dispatcher's done-callbacks
+        #: in the order of their ends; appended to by the dispatcher, and for what has ended already by who waits
         self.futures: deque[Future] = deque()
         self.failed = False
         self.given: set[Future] = set()
         self._task = next(iter(futures)).task if futures else None
         self._all = futures
+        self._seen: dict[Future, object] = {}
         self._begun: bool | None = None
-        for future in futures:
-            future.watched = True
-            future.add_done_callback(self._add)
 
-    def _add(self, future: concurrent.futures.Future[NodeResult]) -> None:
-        assert isinstance(future, Future)
-        self.failed = self.failed or concurrent.futures.Future.exception(future, 0) is not None
-        self.futures.append(future)
+    def __enter__(self) -> Self:
+        for future in self._all:
+            future.watched = True
+            future.told.append(self._add)
+            if future.done():
+                self._add(future)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self._all:
+            future.told.remove(self._add)
+
+    def _add(self, future: Future) -> None:
+        # Both threads may come by with the same future; setdefault lets one of them through.
+        mine = object()
+        if self._seen.setdefault(future, mine) is mine:
+            self.failed = self.failed or concurrent.futures.Future.exception(future, 0) is not None
+            self.futures.append(future)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None, *, some: bool = False) -> bool | None:
         if self._task is None:

@@ -178,6 +178,8 @@ class Worker(gather.Gathered):
         finally:
             # After the future: who was told of the result finds the future done. Also where a done-callback wants out.
             self._ended.append(result)
+            for told in tuple(future.told):
+                told(future)
             if last or future.watched or self._watched:
                 self._run.mailbox.notify()
             for tell in tuple(self._told):

@@ -62,6 +62,11 @@ async def sleep_until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
+def sent(fake: FakeTransport) -> int:
+    """How many commands have reached their nodes."""
+    return sum(session.sent for session in fake.sessions)
+
+
 # -- what it gives ---------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +142,7 @@ def test_the_loop_goes_on_while_a_worker_is_awaited(task: Task, fake: FakeTransp
         for _ in range(50):
             await asyncio.sleep(0)
         assert not awaited.done()
-        await sleep_until(lambda: fake.sessions)
+        await sleep_until(lambda: sent(fake))
         act(fake, fake.sessions[0], Step("exit"), Step("end"))
         assert [result.rc for result in await awaited] == [0]
 
@@ -263,7 +268,7 @@ def test_cancelling_what_awaits_only_stops_the_waiting(task: Task, fake: FakeTra
     async def main() -> None:
         worker = task.submit("x", nodes="hang")
         first, second = asyncio.ensure_future(worker), asyncio.ensure_future(worker)
-        await sleep_until(lambda: fake.sessions)
+        await sleep_until(lambda: sent(fake))
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -288,6 +293,7 @@ def test_async_with_waits_on_leaving(task: Task, fake: FakeTransport) -> None:
 def test_async_with_aborts_when_a_timeout_leaves_it(task: Task, fake: FakeTransport, inside: bool) -> None:
     async def main() -> Worker:
         worker = task.submit("x", nodes="n1,hang")
+        await sleep_until(lambda: sent(fake) == 2)
         with pytest.raises(TimeoutError):  # noqa: PT012 (as people write it)
             async with asyncio.timeout(0.1), worker:
                 if inside:
@@ -304,7 +310,7 @@ def test_async_with_aborts_when_a_timeout_leaves_it(task: Task, fake: FakeTransp
 def test_async_with_aborts_when_an_exception_leaves_it(task: Task, fake: FakeTransport) -> None:
     async def main() -> None:
         async with task.submit("x", nodes="hang") as worker:
-            await sleep_until(worker.futures["hang"].running)
+            await sleep_until(lambda: sent(fake) == 1)
             raise LookupError(worker)
 
     with pytest.raises(LookupError) as caught:
@@ -341,7 +347,7 @@ def test_ctrl_c_under_asyncio_run_sends_no_kill(task: Task, fake: FakeTransport)
     async def main() -> None:
         async with task.submit("x", nodes="hang") as worker:
             workers.append(worker)
-            await sleep_until(worker.futures["hang"].running)
+            await sleep_until(lambda: sent(fake) == 1)
             signal.raise_signal(signal.SIGINT)
             await worker
 
@@ -376,7 +382,7 @@ def test_cancelling_a_wrapped_future_ends_its_job(task: Task, fake: FakeTranspor
     # As the standard has it: a cancelled wrapper cancels what it wraps; shield() and await of the worker do not.
     async def main() -> None:
         worker = task.submit("x", nodes="h1,h2")
-        await sleep_until(lambda: len(fake.sessions) == 2)
+        await sleep_until(lambda: sent(fake) == 2)
         one, two = worker.futures.values()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
@@ -444,7 +450,7 @@ def test_a_loop_that_is_closed_meanwhile_hurts_nobody(task: Task, fake: FakeTran
     left = [loop.create_task(one._awaited()) for one in (worker, other)]
     loop.run_until_complete(asyncio.sleep(0.05))
     loop.close()
-    wait_until(lambda: len(fake.sessions) == 3)
+    wait_until(lambda: sent(fake) == 3)
     for session in fake.sessions:
         act(fake, session, Step("exit"), Step("end"))
     assert worker.wait(10)
@@ -464,7 +470,7 @@ def test_two_loops_of_one_thread_take_turns(task: Task, fake: FakeTransport) -> 
     first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
     try:
         waiting = first.create_task(task.submit("x", nodes="hang")._awaited())
-        first.run_until_complete(sleep_until(lambda: fake.sessions))
+        first.run_until_complete(sleep_until(lambda: sent(fake)))
         assert len(second.run_until_complete(task.submit("x", nodes="n1,late")._awaited())) == 2
         act(fake, fake.sessions[0], Step("exit"), Step("end"))
         assert [result.node for result in first.run_until_complete(waiting)] == ["hang"]

@@ -160,6 +160,7 @@ def test_maps_timeout_is_of_the_waiting(executor: ClusterExecutor, fake: FakeTra
     with pytest.raises(TimeoutError):
         next(results)
     assert fake.ends == []  # it runs on
+    wait_until(lambda: all(session.sent for session in fake.sessions))
     release(fake)
 
 
@@ -167,7 +168,7 @@ def test_a_map_that_is_left_withdraws_what_has_not_begun(fake: FakeTransport) ->
     with ClusterExecutor(fanout=1) as executor:
         results = executor.map("x", ["a1", "hang", "n2", "n3"])  # they start in the order of their set
         assert next(results).node == "a1"
-        wait_until(lambda: len(fake.sessions) == 2)
+        wait_until(lambda: sum(session.sent for session in fake.sessions) == 2)
         del results
         (worker,) = executor._workers
         wait_until(lambda: worker.not_run == NodeSet("n[2-3]"))
@@ -202,7 +203,7 @@ def test_shutdown_without_waiting_returns_and_frees_its_threads_later(fake: Fake
     before = set(threading.enumerate())
     executor = ClusterExecutor()
     future = executor.submit("x", node="hang")
-    wait_until(future.running)
+    wait_until(lambda: any(session.sent for session in fake.sessions))
     executor.shutdown(wait=False)
     assert not future.done()
     release(fake)
@@ -214,7 +215,7 @@ def test_shutdown_without_waiting_returns_and_frees_its_threads_later(fake: Fake
 def test_shutdown_withdraws_what_has_not_begun_and_leaves_what_runs(fake: FakeTransport, wait: bool) -> None:
     executor = ClusterExecutor(fanout=1)
     running = executor.submit("x", node="hang")
-    wait_until(running.running)
+    wait_until(lambda: any(session.sent for session in fake.sessions))
     waiting = [executor.submit("x", node=f"n{number}") for number in range(20)]
     mapped = executor.map("x", "m[1-5]")
     ended = threading.Timer(0.1, release, (fake,))

@@ -214,6 +214,23 @@ def test_ctasks_waits_give_each_future_once(task: Task, fake: FakeTransport, els
     assert sorted(found) == sorted(worker.futures)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_program_that_waits_again_and_again_leaves_nothing_in_its_futures(
+    task: Task, fake: FakeTransport, elsewhere: bool
+) -> None:
+    (future,) = task.submit("x", nodes="hang")
+
+    def poll() -> None:
+        for _ in range(20):
+            assert ctask.wait([future], 0.001) == (set(), {future})
+            with pytest.raises(TimeoutError):
+                next(ctask.as_completed([future], 0.001))
+
+    in_a_thread(poll) if elsewhere else poll()
+    assert future.told == []
+    assert future._done_callbacks == []  # type: ignore[attr-defined]
+
+
 # -- cancel and callbacks --------------------------------------------------------------------------------------------
 
 

@@ -225,7 +225,7 @@ def test_a_block_that_an_exception_leaves_aborts(
     waits: list[BaseException] = [] if inside else [kind()]
     monkeypatch.setattr(Worker, "wait", lambda self, wait=Worker.wait: _raise(waits.pop()) if waits else wait(self))
     with pytest.raises(kind), task.submit("x", nodes="hang") as worker:  # noqa: PT012 (the block is the subject)
-        wait_until(worker.futures["hang"].running)
+        wait_until(lambda: any(session.sent for session in fake.sessions))
         if inside:
             raise kind
     assert worker.futures["hang"].cancelled()
