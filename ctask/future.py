@@ -130,7 +130,7 @@ def wait(
     """As `concurrent.futures.wait`: return (done, not done); in the task's own thread, handlers run meanwhile.
 
     Args:
-        futures: of one task.
+        futures: of one task; where they are of several, it waits without running handlers.
     """
     fs = set(futures)
     ended = _Ended(fs)
@@ -154,7 +154,7 @@ def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Ite
     """As `concurrent.futures.as_completed`; in the task's own thread, handlers run meanwhile.
 
     Args:
-        futures: of one task.
+        futures: of one task; where they are of several, it waits without running handlers.
 
     Raises:
         TimeoutError: not all have ended `timeout` seconds after the first call of `next()`.
@@ -189,7 +189,8 @@ class _Ended:
         self.futures: deque[Future] = deque()
         self.failed = False
         self.given: set[Future] = set()
-        self._task = next(iter(futures)).task if futures else None
+        tasks = {id(future.task): future.task for future in futures}
+        self._task = next(iter(tasks.values())) if len(tasks) == 1 else None
         self._all = futures
         self._seen: dict[Future, object] = {}
         self._begun: bool | None = None
@@ -215,7 +216,7 @@ class _Ended:
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None, *, some: bool = False) -> bool | None:
         if self._task is None:
-            return True
+            return None if self._all else True
         until = None if timeout is None else time.monotonic() + timeout
         # Looked at once and not before each: 10,000 futures are not to be looked at 10,000 times.
         if self._begun is None:

@@ -231,6 +231,13 @@ def test_a_program_that_waits_again_and_again_leaves_nothing_in_its_futures(
     assert future._done_callbacks == []  # type: ignore[attr-defined]
 
 
+def test_futures_of_several_tasks_are_waited_for_together(task: Task, fake: FakeTransport) -> None:
+    other = Task()
+    futures = [*task.submit("x", nodes="n[1-3]"), *other.submit("x", nodes="late,n9")]
+    assert {future.node for future in ctask.as_completed(futures, 10)} == {"n1", "n2", "n3", "n9", "late"}
+    assert ctask.wait(futures, 10) == (set(futures), set())
+
+
 # -- cancel and callbacks --------------------------------------------------------------------------------------------
 
 
