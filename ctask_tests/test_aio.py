@@ -28,6 +28,7 @@ from ctask import (
 from ctask.testing import FakeTransport, Step, close_everything
 from ctask_tests.fake_nodes import HANGS, Recorder, act, nodes, says
 from ctask_tests.fix_leaks import wait_until
+from ctask_tests.fix_sshd import Sshd
 
 SCRIPTS = {
     "bad": says(b"out\n", 7),
@@ -521,3 +522,27 @@ def test_a_task_that_fails_tells_who_awaits(task: Task, fake: FakeTransport, cap
     assert {result.node: result.outcome for result in results} == {"late": Outcome.EXITED, "hang": Outcome.LOST}
     wait_until(lambda: task.failed)
     caplog.clear()
+
+
+# -- real nodes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_timeout_ends_the_sessions_of_real_nodes(task: Task, sshd: Sshd) -> None:
+    lines: list[str] = []
+
+    async def main() -> Worker:
+        worker = task.submit("echo up; sleep 60", nodes=sshd.nodes(3), **sshd.options())
+        worker.on("read", lambda worker, node, sname, line: lines.append(node))
+        with pytest.raises(TimeoutError):  # noqa: PT012 (as people write it)
+            async with asyncio.timeout(None) as limit, worker:
+                awaited = asyncio.ensure_future(worker)
+                await sleep_until(lambda: len(lines) == 3)
+                limit.reschedule(asyncio.get_running_loop().time())
+                await asyncio.shield(awaited)
+        await awaited
+        return worker
+
+    worker = run(main)
+    results = list(worker.results())
+    assert sorted(lines) == sorted(worker.nodes)
+    assert {(result.outcome, result.remote_state) for result in results} == {(Outcome.ABORTED, "gone")}

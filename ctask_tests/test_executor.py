@@ -28,6 +28,7 @@ from ctask import (
 from ctask.testing import FakeTransport, Step, close_everything
 from ctask_tests.fake_nodes import HANGS, Recorder, act, nodes, says
 from ctask_tests.fix_leaks import wait_until
+from ctask_tests.fix_sshd import Sshd
 
 SCRIPTS = {
     "bad": says(b"out\n", 7),
@@ -307,3 +308,15 @@ def test_what_is_dropped_is_freed(fake: FakeTransport) -> None:
             executor.submit("x", node="n1").result(10)
         fake.sessions.clear()
         wait_until(lambda: gc.collect() >= 0 and len(executor._workers) <= 1)  # the task may hold the last one
+
+
+# -- real nodes ------------------------------------------------------------------------------------------------------
+
+
+def test_an_executor_on_real_nodes(sshd: Sshd) -> None:
+    with ClusterExecutor() as executor:
+        nodes = list(sshd.nodes(3))
+        results = list(executor.map("echo here; exit 3", nodes, **sshd.options()))
+        future = executor.submit(["echo", "a  b"], node=nodes[0], **sshd.options())
+    assert [(result.node, result.rc, str(result.stdout)) for result in results] == [(n, 3, "here\n") for n in nodes]
+    assert str(future.result().stdout) == "a  b\n"
