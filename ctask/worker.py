@@ -329,6 +329,7 @@ class Worker(gather.Gathered):
         finally:
             if kind is not None:
                 self._left_by(kind)
+            if kind is not None and not issubclass(kind, GeneratorExit):  # a coroutine that is closed may not wait
                 await self
 
     # -- steering --------------------------------------------------------------------------------------------

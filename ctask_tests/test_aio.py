@@ -320,6 +320,25 @@ def test_async_with_aborts_when_an_exception_leaves_it(task: Task, fake: FakeTra
     assert [end.stop.policy for end in fake.ends] == ["kill"]
 
 
+def test_a_coroutine_that_is_closed_aborts_without_waiting(task: Task, fake: FakeTransport) -> None:
+    workers: list[Worker] = []
+
+    async def hold() -> None:
+        async with task.submit("x", nodes="hang") as worker:
+            workers.append(worker)
+            await worker
+
+    async def main() -> None:
+        coroutine = hold()
+        coroutine.send(None)
+        await sleep_until(lambda: sent(fake))
+        coroutine.close()
+        await workers[0]
+
+    run(main)
+    assert workers[0].futures["hang"].cancelled()
+
+
 def test_a_task_group_that_fails_aborts_what_its_blocks_run(task: Task, fake: FakeTransport) -> None:
     workers: list[Worker] = []
 
