@@ -10,13 +10,16 @@ import concurrent.futures
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from ctask.errors import Aborted
 from ctask.errors.text import printable
 from ctask.result import NodeResult
 
 __all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]
+
+#: When a wait is over, in the words of `concurrent.futures`.
+_WHEN = (concurrent.futures.FIRST_COMPLETED, concurrent.futures.FIRST_EXCEPTION, concurrent.futures.ALL_COMPLETED)
 
 
 class Waiting(Protocol):
@@ -122,16 +125,28 @@ class Future(concurrent.futures.Future[NodeResult]):
         return f"<Future {node} {error!r}>" if error is not None else f"<Future {super().result(0)!r}>"
 
 
+class DoneAndNotDone(NamedTuple):
+    """What `wait` returns, as the standard's does."""
+
+    done: set[Future]
+    not_done: set[Future]
+
+
 def wait(
     futures: Iterable[Future],
     timeout: float | None = None,
     return_when: str = concurrent.futures.ALL_COMPLETED,
-) -> tuple[set[Future], set[Future]]:
+) -> DoneAndNotDone:
     """As `concurrent.futures.wait`: return (done, not done); in the task's own thread, handlers run meanwhile.
 
     Args:
         futures: of one task; where they are of several, it waits without running handlers.
+
+    Raises:
+        ValueError: `return_when` is none of the standard's three.
     """
+    if return_when not in _WHEN:
+        raise ValueError(f"return_when is one of {', '.join(_WHEN)}, not {return_when!r}")
     fs = set(futures)
     ended = _Ended(fs)
 
@@ -147,7 +162,7 @@ def wait(
     if waited is None:
         concurrent.futures.wait(fs, timeout, return_when)
     done = {future for future in fs if future.done()}
-    return done, fs - done
+    return DoneAndNotDone(done, fs - done)
 
 
 def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Iterator[Future]:

@@ -105,6 +105,11 @@ class Handlers:
             raise OptionError(f"no such event: {event!r}; there are: {', '.join(EVENTS)}")
         if not callable(callback):
             raise OptionError(f"the callback of {event!r} is a function, not {callback!r}")
+        if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(type(callback).__call__):
+            raise OptionError(
+                f"the callback of {event!r} is a plain function, and this is a coroutine function, which nobody would "
+                f"await: let it make a task (asyncio.create_task), or use `async for result in worker`: {callback!r}"
+            )
         if not _takes(callback, EVENTS[event]):
             raise OptionError(f"the callback of {event!r} is called with {EVENTS[event]} arguments: {callback!r}")
         setattr(self, event, (*getattr(self, event), callback))

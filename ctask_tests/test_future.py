@@ -207,7 +207,7 @@ def test_ctasks_waits_give_each_future_once(task: Task, fake: FakeTransport, els
 
     def collect() -> list[str]:
         found = [future.node for future in ctask.as_completed([*worker, *worker], 20)]
-        assert ctask.wait(worker, 20).__class__ is tuple
+        assert isinstance(ctask.wait(worker, 20), tuple)
         return found
 
     found = in_a_thread(collect) if elsewhere else collect()
@@ -383,3 +383,11 @@ def test_a_future_that_is_queued_is_not_running(task: Task) -> None:
         task.abort()
         assert worker.wait(5)
     task.set_info("fanout", 64)
+
+
+def test_ctasks_wait_answers_and_refuses_as_the_standards_does(task: Task, fake: FakeTransport) -> None:
+    worker = task.submit("x", nodes="quick")
+    found = ctask.wait(worker)
+    assert (found.done, found.not_done) == (set(worker), set())
+    with pytest.raises(ValueError, match="FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED"):
+        ctask.wait(worker, return_when="SOME")

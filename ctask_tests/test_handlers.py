@@ -14,8 +14,11 @@ import pytest
 from ctask import (
     Aborted,
     AlreadyRunningError,
+    EventHandler,
     HandlerError,
+    NodeResult,
     NodeSet,
+    OptionError,
     Outcome,
     Task,
     TaskTimeout,
@@ -413,3 +416,15 @@ def test_h08_threads_with_real_nodes_share_them(sshd: Sshd) -> None:
     for thread in threads:
         thread.join(20)
     assert found == {number: f"127.0.1.[1-2]:{number}" for number in range(8)}
+
+
+def test_a_coroutine_function_is_no_handler(task: Task) -> None:
+    async def read(worker: Worker, node: str, sname: str, msg: bytes) -> None: ...
+
+    class Handler(EventHandler):
+        async def ev_done(self, worker: Worker, node: str, result: NodeResult) -> None:  # type: ignore[override]
+            ...
+
+    for options in ({"on_read": read}, {"handler": Handler()}):
+        with pytest.raises(OptionError, match="coroutine function, which nobody would await"):
+            task.submit("x", nodes="n1", **options)
