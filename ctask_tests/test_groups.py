@@ -75,6 +75,17 @@ def test_groups_of_a_program_are_looked_up() -> None:
     assert resolver.node_groups("n91") == ["test", "both"]
 
 
+def test_a_group_of_which_nobody_can_tell_whether_it_is_there_is_refused() -> None:
+    mapped = UpcallGroupSource("x", map_upcall="[ $GROUP != prod ] || echo n[1-3]")
+    with pytest.raises(NoSuchGroup, match="give the source a `list`"):
+        NodeSet("@prod!@pord", resolver=GroupResolver(mapped))
+    assert NodeSet("@prod!@pord", resolver=GroupResolver(mapped), missing="empty") == NodeSet("n[1-3]")
+    listed = UpcallGroupSource("x", map_upcall="[ $GROUP != prod ] || echo n[1-3]", list_upcall="echo prod idle")
+    assert not NodeSet("@idle", resolver=GroupResolver(listed))
+    with pytest.raises(NoSuchGroup, match=r"no such group: @pord\. Did you mean @prod\?"):
+        NodeSet("@prod!@pord", resolver=GroupResolver(listed))
+
+
 def test_an_unknown_group_is_an_error_that_names_the_nearest() -> None:
     resolver = GroupResolver(GroupSource("site", SITE, origin="/etc/clustershell/groups.d/site.yaml"))
     with pytest.raises(NoSuchGroup) as caught:

@@ -94,8 +94,14 @@ class GroupResolver:
         try:
             return words(found.resolv_map(group), f"group {group!r} of {found}")
         except NoSuchGroup as error:
+            try:
+                known = found.resolv_list()
+            except GroupSourceNoUpcall:
+                raise error from None  # which says that nobody can tell
+            except NodeSetExternalError:
+                known = []
             where = str(found) if found.origin else ""
-            raise no_such_group(group, source=source, where=where, known=_listed(found)) from error.__cause__
+            raise no_such_group(group, source=source, where=where, known=known) from error.__cause__
 
     def all_nodes(self, source: str | None = None) -> list[str]:
         """Return the words of all nodes of a source: what it says itself, else those of all its groups.
@@ -176,11 +182,3 @@ class GroupResolver:
         for group in found:
             self._check(group)
         return found
-
-
-def _listed(source: GroupSource) -> list[str]:
-    """Return the groups of a source, to find the nearest one among; none if it cannot tell."""
-    try:
-        return source.resolv_list()
-    except NodeSetExternalError:
-        return []

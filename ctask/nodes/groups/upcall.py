@@ -15,7 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ctask.errors import GroupSourceError, GroupSourceNoUpcall, GroupSourceQueryFailed, NodeSetExternalError
+from ctask.errors import (
+    GroupSourceError,
+    GroupSourceNoUpcall,
+    GroupSourceQueryFailed,
+    NodeSetExternalError,
+    NoSuchGroup,
+)
 from ctask.errors.text import printable
 from ctask.nodes.groups import shell
 from ctask.nodes.groups.source import GroupSource, words
@@ -118,14 +124,14 @@ class UpcallGroupSource(GroupSource):
             found = self._words("map", "GROUP", group)
         except GroupSourceQueryFailed as error:
             try:
-                there = self._may_have(group)
+                there = self._lists(group)
             except NodeSetExternalError:
-                there = True  # the source does not work at all, which the first error says
+                there = True  # nobody can tell, or the source does not work at all: the first error says why
             if there:
                 raise
             raise no_such_group(group) from error
-        if not found and not self._may_have(group):
-            raise no_such_group(group)
+        if not found:
+            self._check_empty(group)
         return found
 
     def resolv_list(self) -> list[str]:
@@ -140,9 +146,22 @@ class UpcallGroupSource(GroupSource):
         """Return the groups of a node, from `reverse`."""
         return self._words("reverse", "NODE", node)
 
-    def _may_have(self, group: str) -> bool:
-        """Return whether a group is in the list of groups; True if there is no such list."""
-        return "list" not in self.upcalls or group in self._words("list")
+    def _lists(self, group: str) -> bool:
+        return group in self.resolv_list()
+
+    def _check_empty(self, group: str) -> None:
+        """Refuse a group of which nothing was printed, unless it is known to be there: a name can be misspelt."""
+        try:
+            there = self._lists(group)
+        except GroupSourceNoUpcall:
+            shown = f"@{self.name}:{group}"
+            raise NoSuchGroup(
+                f"{shown}: `map` of {self} printed nothing, and without `list` nobody can tell an empty group from a "
+                "misspelt one: give the source a `list`",
+                shown,
+            ) from None
+        if not there:
+            raise no_such_group(group)
 
     def _words(self, key: str, variable: str = "", name: str = "") -> list[str]:
         if key not in self.upcalls:
