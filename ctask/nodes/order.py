@@ -56,8 +56,7 @@ def tuples(space: Space, skip: int = 0) -> Iterator[tuple[str, ...]]:
     if space is LEAF:
         yield ()
         return
-    for low, high, sub in _runs(space):
-        each = size(sub)
+    for low, high, sub, each in _runs(space):
         left_out = min(skip // each, high - low + 1)
         skip -= left_out * each
         for number in numbers(low + left_out, high):
@@ -88,21 +87,27 @@ def section(space: Space, start: int, stop: int) -> Space:
     if space is LEAF:
         return LEAF if start < stop else EMPTY
     kept: defaultdict[Space, list[Span]] = defaultdict(list)
-    for low, high, sub in _runs(space):
-        each = size(sub)
+    # by the place of what goes with it: a sub-space is large, and is only looked at where it is cut
+    whole: list[list[Span]] = [[] for _ in space]
+    sizes = [size(sub) for _, sub in space]
+    for low, high, place in sorted((low, high, k) for k, (axis, _) in enumerate(space) for low, high in axis):
+        each, sub = sizes[place], space[place][1]
         count = (high - low + 1) * each
         if start < count and stop > 0:
             first, last = max(start, 0), min(stop, count)
             # numbers with only some of their vectors: the one where it begins, and the one where it ends
-            whole, end = -(-first // each), last // each
+            begin, end = -(-first // each), last // each
             if first % each:
                 part = section(sub, first % each, min(each, last - (first // each) * each))
                 kept[part].append((low + first // each,) * 2)
-            if whole < end:
-                kept[sub].append((low + whole, low + end - 1))
-            if whole <= end and last % each:
+            if begin < end:
+                whole[place].append((low + begin, low + end - 1))
+            if begin <= end and last % each:
                 kept[section(sub, 0, last % each)].append((low + end,) * 2)
         start, stop = start - count, stop - count
+    for (_, sub), spans in zip(space, whole, strict=True):
+        if spans:
+            kept[sub] += spans
     return tuple(sorted((coalesce(spans), sub) for sub, spans in kept.items()))
 
 
@@ -181,8 +186,7 @@ def _walk(space: Space, parts: Sequence[str], head: str, skip: int) -> Iterator[
 
 
 def _walk_runs(space: Space, parts: Sequence[str], head: str, skip: int) -> Iterator[Iterable[str]]:
-    for low, high, sub in _runs(space):
-        each = size(sub)
+    for low, high, sub, each in _runs(space):
         left_out = min(skip // each, high - low + 1)
         skip -= left_out * each
         if sub is LEAF:
@@ -193,9 +197,10 @@ def _walk_runs(space: Space, parts: Sequence[str], head: str, skip: int) -> Iter
             skip = 0
 
 
-def _runs(space: Space) -> list[tuple[int, int, Space]]:
-    """Return the ranges of the first dimension in order, each with what goes with it."""
-    return sorted((low, high, sub) for axis, sub in space for low, high in axis)
+def _runs(space: Space) -> list[tuple[int, int, Space, int]]:
+    """Return the ranges of the first dimension in order, each with what goes with it, and the size of that."""
+    sized = ((axis, sub, size(sub)) for axis, sub in space)
+    return sorted((low, high, sub, each) for axis, sub, each in sized for low, high in axis)
 
 
 def _ranges(axis: Axis) -> Iterator[Axis]:
