@@ -149,13 +149,15 @@ class GroupResolver:
     def _load(self) -> None:
         """Have the sources there; where they are configured, they are read at the first question."""
 
-    def _source(self, name: str | None, group: str = "*") -> GroupSource:
+    def _source(self, name: str | None, group: str | None = None) -> GroupSource:
         self._load()
         wanted = self._default if name is None else name
         found = self._sources.get(wanted) if wanted is not None else None
         if found is None:
-            asked = f"@{group}" if name is None else f"@{name}:{group}"
-            raise GroupResolverSourceError(f"{printable(asked)}: {self._no_source(name)}", asked)
+            prefix = "@" if name is None else f"@{name}:"
+            asked = "" if group is None else prefix + group
+            shown = f"{printable(asked)}: " if asked else ""
+            raise GroupResolverSourceError(f"{shown}{self._no_source(name)}", asked)
         return found
 
     def _no_source(self, name: str | None) -> str:
