@@ -163,7 +163,7 @@ def test_sick_nodes_of_every_kind_beside_healthy_ones(
                 Outcome.UNREACHED,
             ),
             "full": (
-                {**full.options(), "address": full.address},
+                {**full.options(), "address": full.address, "retry": None},
                 SessionRefused,
                 "open",
                 Outcome.UNREACHED,

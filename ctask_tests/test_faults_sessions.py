@@ -57,7 +57,7 @@ def test_d01_a_refused_session_is_told_with_its_reason(
     task: Task, hostile: HostileFactory, code: int, words: str
 ) -> None:
     server = hostile(Script(on_open=code))
-    reach(task, "sick", server)
+    reach(task, "sick", server, retry=None)
     ends = Ends()
     worker = run(task, "true", ["sick", WELL], handler=ends)
     found = outcomes(worker)

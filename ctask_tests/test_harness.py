@@ -97,7 +97,8 @@ def test_sessions_are_found_and_killed_by_node(sshd_factory: SshdFactory) -> Non
         assert len(server.connections()) == 2
         assert len(server.sessions()) == 2
         assert server.sessions(server.address(1)) != server.sessions(server.address(2))
-        assert [title for title in server.processes().values() if title == "sleep 60"] == ["sleep 60"] * 2
+        # A session is there a moment before its command has come to its exec.
+        wait_until(lambda: list(server.processes().values()).count("sleep 60") == 2, what="both commands run")
         assert server.kill_session(server.address(1)) == 1
         assert one.wait(10) == 255
         assert two.poll() is None

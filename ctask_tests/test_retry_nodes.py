@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import wait_random
 
 from ctask import (
     BannerError,
@@ -120,7 +121,7 @@ def test_b10_nodes_that_are_dropped_at_random_are_all_served_in_the_end(sshd_fac
     nodes = NodeSet("b[1-60]")
     for number, node in enumerate(nodes):
         task.node_options(node, address=server.address(number + 1))
-    worker = task.run("echo ok", nodes=nodes, retry=Retry(30, on=["banner", "kex"], budget=20))
+    worker = task.run("echo ok", nodes=nodes, retry=Retry(60, wait=wait_random(0.02, 0.2), on=["banner", "kex"]))
     assert worker.ok == nodes, worker.failures()
     tries = Counter(len(result.attempts) for result in worker.results())
     assert max(tries) > 1, "none was dropped: nothing was tested"
