@@ -238,6 +238,7 @@ def live_through(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     proxy = fault_proxy(
         lambda front: (sshd.address(int(front.rpartition(".")[2])), sshd.port), addresses=fronts, mixture=mixture
     )
+    before = sshd.processes().keys()
     folder = sshd.folder / f"history-{seed}"
     folder.mkdir()
     folder.chmod(0o777)
@@ -259,7 +260,7 @@ def live_through(seed: int, sshd: Sshd, fault_proxy: ProxyFactory) -> None:
     canceller.join()
     elapsed = time.monotonic() - began
     task.disconnect()
-    wait_until(lambda: not sshd.processes(), timeout=10, what="every command on the nodes is over")
+    wait_until(lambda: sshd.processes().keys() <= before, timeout=10, what="every command on the nodes is over")
     found = [f"R3: it took {elapsed:.1f} s"] if elapsed > 30 else []
     for number, (meddler, worker) in enumerate(zip(histories, workers, strict=True)):
         found += faults(meddler, worker, threading.get_ident(), PRINTED)

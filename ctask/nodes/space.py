@@ -50,6 +50,8 @@ LEAF: Space = (((), ()),)
 _POWERS: list[int] = [10**width for width in range(MAX_LENGTH + 2)]
 # _FIRST[width] is the code of the first number of so many digits; -1 stands for "no digits"
 _FIRST: list[int] = [-1, *((power - 10) // 9 for power in _POWERS[1:])]
+# _LEAST[width] is the least number of so many digits that has no padding; none of one digit has any, nor a negative one
+_LEAST: list[int] = [-_POWERS[-1], 0, *_POWERS[1:]]
 
 
 class TooManyPieces(Exception):
@@ -130,8 +132,9 @@ def ranges_of(axis: Axis) -> list[Ends]:
 
 def texts_of(axis: Axis) -> list[str]:
     """Return the ranges of an axis as they are written folded: ``3``, ``5-9``."""
+    # Most numbers have no padding, and `zfill` is a call for each of them.
     return [
-        str(low).zfill(width)
+        (str(low) if low >= _LEAST[width] else str(low).zfill(width))
         if low == high and width == end
         else f"{str(low).zfill(width)}-{str(high).zfill(end)}"
         for width, low, end, high in _folded(axis)
@@ -279,7 +282,8 @@ def _folded(axis: Axis) -> Iterator[tuple[int, int, int, int]]:
                     continue
                 yield first_digits, first, last_digits, last
                 # as ClusterShell writes it: not so after a single number with padding, up to the next range
-                apart = first == last and first_digits == last_digits and (apart or padded(first_digits, first))
+                # (and spelt out what `padded` says, for 100,000 of them)
+                apart = first == last and first_digits == last_digits and (apart or first < _LEAST[first_digits])
             first_digits, first, last_digits, last = digits, least, digits, most
     if first_digits >= 0:
         yield first_digits, first, last_digits, last
@@ -331,4 +335,4 @@ def _runs(codes: list[int]) -> Axis:
 
 
 def padded(width: int, value: int) -> bool:
-    return width > 1 and value < _POWERS[width - 1]
+    return value < _LEAST[width]
