@@ -42,7 +42,7 @@ PROGRAMS = {
     ),
     "local": (["--commands", "3"], ["wall", "CPU"]),
     "imports": (["--repeats", "1"], ["import"]),
-    "late": (["--nodes", "2"], ["node", "local"]),
+    "late": (["--nodes", "2"], ["node", "nodes at once", "local"]),
     "head": (["--jobs", "50"], ["submit", "CPU", "wall"]),
 }
 
