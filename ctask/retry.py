@@ -58,7 +58,7 @@ class Tries:
     Attributes:
         error: what the try ended by; for a command that exited, the `CommandFailed` of its status.
         rc: its exit status, None where there is none.
-        sent: the command was sent in this try, so that it may have run.
+        sent: the command was sent in this try or an earlier one, so that it may have run.
         count: how many tries there were, this one included.
         began: when the first one began (monotonic seconds).
         now: the time.
