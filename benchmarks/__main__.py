@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks import events, fanout, flow, gather, head, idle, imports, late, local, memory, nodesets
+from benchmarks import events, fanout, flow, gather, head, hostile, idle, imports, late, local, memory, nodesets
 from benchmarks.contest import Program, compete
 from benchmarks.measure import BenchmarkError
 
@@ -19,7 +19,7 @@ __all__ = ["PROGRAMS", "main"]
 
 PROGRAMS: dict[str, Program] = {
     module.PROGRAM.name: module.PROGRAM
-    for module in (fanout, idle, flow, gather, events, memory, nodesets, local, imports, late, head)
+    for module in (fanout, idle, flow, gather, events, memory, nodesets, local, imports, late, hostile, head)
 }
 
 

@@ -32,6 +32,7 @@ from ctask_tests.hostile_script import (
     OpenToClient,
     Out,
     Pause,
+    Raw,
     Reply,
     Script,
     Seen,
@@ -55,6 +56,7 @@ __all__ = [
     "OpenToClient",
     "Out",
     "Pause",
+    "Raw",
     "Script",
     "Seen",
     "Signal",
@@ -183,6 +185,8 @@ class _HostileTransport(paramiko.Transport):  # type: ignore[misc]  # paramiko h
         self.interface = _Interface(self)
         self.players: list[threading.Thread] = []
         self._noise = script.noise
+        self._sent: set[str] = set()
+        self._rekeys = script.rekeys
         self._opened = 0
         self.honest: set[int] = set()  # the numbers of the channels that go well
         self.add_server_key(server.host_key)
@@ -197,6 +201,21 @@ class _HostileTransport(paramiko.Transport):  # type: ignore[misc]  # paramiko h
         """Send the script's noise, once."""
         count, self._noise = self._noise, 0
         self._send_noise(count)
+        self.send_raw("login")
+
+    def send_raw(self, moment: str) -> None:
+        """Send the script's messages of this moment, once."""
+        for raw in [raw for when, raw in self.script.raw if when == moment and moment not in self._sent]:
+            self.play_raw(raw)
+        self._sent.add(moment)
+
+    def play_raw(self, raw: Raw) -> None:
+        """Send one message as often as it says."""
+        message = paramiko.Message(raw.payload)
+        for _ in range(raw.count):
+            if self.server.stopping.is_set():
+                return
+            self._send_message(message)
 
     def agrees(self, reply: Reply) -> bool:
         """Act on a reply; runs in the connection's thread, which ends by an EOFError."""
@@ -236,11 +255,28 @@ class _HostileTransport(paramiko.Transport):  # type: ignore[misc]  # paramiko h
             self._send_message(message)
 
     def _on_kexinit(self, message: Any) -> None:
+        if self._rekeys < 0 and self.initial_kex_done:
+            return
         self._send_noise(self.script.noise_in_kex)
+        self.send_raw("keys")
         self._negotiate_keys(message)
+
+    def _parse_newkeys(self, m: Any) -> None:
+        super()._parse_newkeys(m)
+        self.server.seen.keys += 1
+        self.send_raw("service")
+        if self.server.seen.commands:
+            self._ask_for_keys()
+
+    def _ask_for_keys(self) -> None:
+        if self._rekeys > 0:
+            self._rekeys -= 1
+            self._send_kex_init()
 
     def _on_open(self, message: Any) -> None:
         self._opened += 1
+        if "open" not in self._sent:
+            self.send_raw("open")
         self.server.seen.opens.append(paramiko.Message(message.get_remainder()).get_text())
         if self.script.on_open != "silent" or self.opens_honestly():
             self._parse_channel_open(message)
@@ -264,6 +300,7 @@ class _HostileTransport(paramiko.Transport):  # type: ignore[misc]  # paramiko h
             reply.add_int(channel.remote_chanid)
             self._send_message(reply)
         if accepted:
+            self._ask_for_keys()
             player = _Player(self, channel, Script().steps if honest else self.script.steps)
             self.players.append(player)
             player.start()
@@ -288,9 +325,11 @@ class _Player(threading.Thread):
                     return
                 self._play(step)
 
-    def _play(self, step: Step) -> None:
+    def _play(self, step: Step) -> None:  # noqa: C901 (one line for each step)
         stopping = self._transport.server.stopping
         match step:
+            case Raw():
+                self._transport.play_raw(step)
             case Out(data):
                 self._channel.sendall(data)
             case Err(data):

@@ -20,6 +20,7 @@ __all__ = [
     "OpenToClient",
     "Out",
     "Pause",
+    "Raw",
     "Reply",
     "Script",
     "Seen",
@@ -100,7 +101,15 @@ class OpenToClient:
     kind: str  # "x11", "forwarded-tcpip", "auth-agent@openssh.com" or any other
 
 
-Step = Out | Err | Eof | Status | Signal | Close | HangUp | Pause | Await | OpenToClient
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Send this message as it stands, so many times. The first channel of a connection has number 0 at the client."""
+
+    payload: bytes
+    count: int = 1
+
+
+Step = Raw | Out | Err | Eof | Status | Signal | Close | HangUp | Pause | Await | OpenToClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,10 @@ class Script:
     is accepted plays its `steps`, after which nothing comes of itself. The first `honest` channels are each
     a command that ends well, whatever the rest says. `noise` is how many IGNORE and DEBUG messages come
     before the first answer to a login, `noise_in_kex` how many in the middle of the key exchange.
+    `raw` are messages that are sent as they stand, each with its moment: `keys` (in the middle of the key exchange),
+    `service` (after it), `login` (before the answer to the first login), `open` (before the answer to the first open).
+    `rekeys` is how often the server asks for new keys once a command runs, each time as soon as it has them; -1: it
+    never gives any.
     """
 
     steps: tuple[Step, ...] = (Status(0), Eof(), Close())
@@ -121,6 +134,8 @@ class Script:
     honest: int = 0
     noise: int = 0
     noise_in_kex: int = 0
+    raw: tuple[tuple[str, Raw], ...] = ()
+    rekeys: int = 0
 
 
 @dataclass(slots=True)
@@ -135,5 +150,7 @@ class Seen:
     commands: list[bytes] = field(default_factory=list)
     #: The names of all other channel requests ("pty-req", "env", "signal").
     requests: list[str] = field(default_factory=list)
+    #: How often keys were changed, the first time included.
+    keys: int = 0
     #: (kind, "accepted" or the reason code of the refusal) of each channel that was asked of the client.
     answers: list[tuple[str, str | int]] = field(default_factory=list)

@@ -43,6 +43,7 @@ PROGRAMS = {
     "local": (["--commands", "3"], ["wall", "CPU"]),
     "imports": (["--repeats", "1"], ["import"]),
     "late": (["--nodes", "2"], ["node", "nodes at once", "local"]),
+    "hostile": (["--floods", "1", "--repeats", "3"], ["alone", "beside one", "beside many"]),
     "head": (["--jobs", "50"], ["submit", "CPU", "wall"]),
 }
 

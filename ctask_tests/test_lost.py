@@ -238,13 +238,13 @@ def within(seconds: float) -> Iterator[None]:
 def rekeys(monkeypatch: pytest.MonkeyPatch) -> list[Link]:
     """Note each exchange of keys, the first one of a connection included; keys are changed every 0.5 MB."""
     seen: list[Link] = []
-    whole = Link._parse_newkeys
+    whole = Link._on_newkeys
 
-    def count(link: Link, message: Any) -> None:
+    def count(link: Link, payload: bytes) -> None:
         seen.append(link)
-        whole(link, message)
+        whole(link, payload)
 
-    monkeypatch.setattr(Link, "_parse_newkeys", count)
+    monkeypatch.setattr(Link, "_on_newkeys", count)
     monkeypatch.setattr(WirePacketizer, "REKEY_BYTES", 500_000)
     return seen
 

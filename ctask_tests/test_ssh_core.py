@@ -27,8 +27,6 @@ from ctask_tests.ssh_sink import RecordingSink, connected, run, started, target_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paramiko.message import Message
-
     from ctask.errors import NodeError
     from ctask_tests.fix_hostile import HostileFactory, Step
     from ctask_tests.fix_sshd import Sshd, SshdFactory
@@ -80,13 +78,13 @@ def test_f02_unknown_signal_name_is_kept(hostile: HostileFactory) -> None:
 
 def test_fifty_rekeys_under_eight_channels(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     rekeys: list[Link] = []
-    whole = Link._parse_newkeys
+    whole = Link._on_newkeys
 
-    def count(link: Link, message: Message) -> None:
+    def count(link: Link, payload: bytes) -> None:
         rekeys.append(link)
-        whole(link, message)
+        whole(link, payload)
 
-    monkeypatch.setattr(Link, "_parse_newkeys", count)
+    monkeypatch.setattr(Link, "_on_newkeys", count)
     monkeypatch.setattr(WirePacketizer, "REKEY_BYTES", 150_000)
     payload = os.urandom(400_000)
     with connected(target_for(sshd.options(), sshd.address(1))) as connection:
@@ -408,16 +406,6 @@ def test_d03_without_a_terminal_the_command_is_not_sent(sshd_factory: SshdFactor
         assert sink.wait().events == ["ended"]
         assert isinstance(sink.error, ExecRefused)
         assert "terminal" in str(sink.error)
-
-
-def test_paramikos_own_channels_live_beside_ours(sshd: Sshd) -> None:
-    with connected(target_for(sshd.options(), sshd.address(1))) as connection:
-        channel = connection.link.open_session(timeout=5)
-        channel.exec_command("echo theirs; exit 2")
-        assert run(connection, b"echo ours").stdout == b"ours\n"
-        assert channel.recv(100) == b"theirs\n"
-        assert channel.recv_exit_status() == 2
-        channel.close()
 
 
 def test_a_node_that_asks_whether_we_live_is_answered(sshd_factory: SshdFactory) -> None:

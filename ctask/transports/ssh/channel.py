@@ -29,13 +29,13 @@ from paramiko.common import (
     MSG_CHANNEL_SUCCESS,
     MSG_CHANNEL_WINDOW_ADJUST,
 )
-from paramiko.message import Message
 from paramiko.ssh_exception import SSHException
 
 from ctask.errors import NodeError
 from ctask.options import Command
 from ctask.transports.base import STDERR, STDOUT, Sink
 from ctask.transports.ssh import mapping, messages
+from ctask.transports.ssh.fields import Fields
 from ctask.transports.ssh.transport import Link, OwnChannel
 
 if TYPE_CHECKING:
@@ -389,8 +389,10 @@ class SshSession(OwnChannel):
         chunk = payload[at + 4 : at + 4 + size]
         self._seen += size
         # Also what is thrown away counts: a node that ignores its window is a flood.
-        if len(chunk) != size or self._seen > self._given:
-            raise mapping.TooMuch("a packet with more data than it may have")
+        if len(chunk) != size or len(payload) < at + 4:
+            raise Fields(payload, "output").malformed(f"it claims {size} bytes and has {len(chunk)}")
+        if self._seen > self._given:
+            raise mapping.TooMuch("the node sent more output than it may")
         if self._over or self.close_sent:
             return
         if not self._running:
@@ -402,7 +404,7 @@ class SshSession(OwnChannel):
             self._mark()
 
     def _window_adjusted(self, payload: bytes) -> None:
-        size = int.from_bytes(payload[5:9], "big")
+        size = Fields(payload, "a window", 5).u32()
         with self._guard:
             self._room = min(self._room + size, _MOST_ROOM)
         if self._starved:
@@ -427,12 +429,16 @@ class SshSession(OwnChannel):
             self._watch()
 
     def _requested(self, payload: bytes) -> None:
-        m = Message(payload[5:])
-        kind, wanted = m.get_string(), m.get_boolean()
+        fields = Fields(payload, "a request of a session", 5)
+        kind, wanted = fields.string(), fields.boolean()
         if kind == b"exit-status":
-            self._ended_with(m.get_int(), None)
+            self._ended_with(fields.u32(), None)
         elif kind == b"exit-signal":
-            self._ended_with(None, m.get_string()[:64].decode("utf-8", "backslashreplace"))
+            name = fields.string()[:64].decode("utf-8", "backslashreplace")
+            fields.boolean()  # whether it dumped core
+            fields.skip_string()  # words, and their language
+            fields.skip_string()
+            self._ended_with(None, name)
         if wanted:
             # sshd's ClientAliveInterval asks this way, and hangs up on one who never answers.
             self._link.send(self, messages.failure(self._remote))

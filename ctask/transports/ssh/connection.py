@@ -187,7 +187,7 @@ class _Making:
 
     def _verify(self, link: Link, known: KnownHosts) -> None:
         try:
-            known.verify(self._target, link.host_key_type, link.host_key.asbytes())
+            known.verify(self._target, link.host_key_type, link.proven_key())
         except NodeError:
             raise
         except Exception as error:

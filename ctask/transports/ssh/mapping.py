@@ -144,7 +144,9 @@ def handshake_failed(cause: BaseException | None, said: str) -> NodeError:
 def auth_lost(cause: BaseException | None, said: str) -> NodeError:
     """Return the error for a connection that ended in the login: not a word about the credentials."""
     words = f": {quoted(said)}" if said else ""
-    kind = f"{_broken(cause)} during the login"
+    kind = _broken(cause)
+    if not isinstance(cause, SSHException):  # those say themselves what was wrong, and when
+        kind += " during the login"
     # Trying again could lock the account out.
     return _because(ConnectionLost(f"{kind}{words}", phase="auth", kind=kind, curable=Curable.NAMED), cause)
 
@@ -231,7 +233,8 @@ def _broken(cause: BaseException | None) -> str:
         return "a packet failed its integrity check"
     if isinstance(cause, (SSHException, AuthError)):
         return str(cause).rstrip(".")
-    return f"{type(cause).__name__}: {quoted(str(cause))}"
+    # A defect: its class and text would say nothing to a user; they are the error's cause, and in the debug log.
+    return "what the node sent could not be dealt with"
 
 
 def _is_integrity(cause: BaseException | None) -> bool:

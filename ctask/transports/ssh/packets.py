@@ -27,33 +27,27 @@ PRIVATE = {
     "Transport._preferred_macs": "transport.py:187",
     "Transport._preferred_keys": "transport.py:198",
     "Transport._handler_table": "transport.py:556",
-    "Transport._channel_handler_table": "transport.py:3023",
     "Transport._channels": "transport.py:512",
     "Transport._channel_counter": "transport.py:515",
     "Transport._next_channel": "transport.py:1797",
     "Transport._log": "transport.py:1786",
     "Transport._send_message": "transport.py:1810",
-    "Transport._send_user_message": "transport.py:1813",
     "Transport._send_kex_init": "transport.py:2260",
-    "Transport._enforce_strict_kex": "transport.py:2005",
     "Transport._expect_packet": "transport.py:1848",
     "Transport._expected_packet": "transport.py:507",
-    "Transport._parse_kex_init": "transport.py:2356",
-    "Transport._really_parse_kex_init": "transport.py:2331",
     "Transport._latest_kex_init": "transport.py:2328",
     "Transport._parse_newkeys": "transport.py:2755",
-    "Transport._parse_debug": "transport.py:3008",
-    "Transport._parse_disconnect": "transport.py:2783",
-    "Transport._parse_channel_open_success": "transport.py:2836",
-    "Transport._parse_channel_open_failure": "transport.py:2858",
     "Transport._verify_key": "transport.py:1854",
+    "Transport._set_K_H": "transport.py:1839",
+    "Transport._activate_outbound": "transport.py:2648",
+    "Transport._key_info": "transport.py:299",
+    "Transport._preferred_kex": "transport.py:215",
     "Packetizer._Packetizer__write_lock": "packet.py:125",
     "Packetizer._Packetizer__aead_out": "packet.py:119",
     "Packetizer._Packetizer__block_size_out": "packet.py:100",
+    "Packetizer._Packetizer__sent_bytes": "packet.py:92",
     "Packetizer._trigger_rekey": "packet.py:694",
     "Packetizer._build_packet": "packet.py:676",
-    "AuthHandler._parse_userauth_failure": "auth_handler.py:537",
-    "Channel._unlink": "channel.py:1262",
 }
 
 #: Packets before the login is done; sshd sends about ten, and a flood of them would be free for the server.
@@ -129,6 +123,11 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
         if self._bytes >= self.REKEY_BYTES or self._packets >= self.REKEY_PACKETS:
             self._rekey(len(plain))
         return payload
+
+    @property
+    def moved(self) -> int:
+        """Bytes that came and went since the last keys, about."""
+        return self._bytes + int(self._Packetizer__sent_bytes)
 
     def trust(self) -> None:
         """Count no more: what comes now, comes from a node that knows us."""

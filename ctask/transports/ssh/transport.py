@@ -19,13 +19,15 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paramiko.common import (
     MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_OPEN,
     MSG_CHANNEL_OPEN_FAILURE,
     MSG_CHANNEL_OPEN_SUCCESS,
     MSG_CHANNEL_WINDOW_ADJUST,
@@ -35,14 +37,15 @@ from paramiko.common import (
 )
 from paramiko.ssh_exception import SSHException
 
+from ctask.transports.ssh import messages, rekey
 from ctask.transports.ssh.alive import Doubt
 from ctask.transports.ssh.exchange import Exchange
+from ctask.transports.ssh.fields import Fields
+from ctask.transports.ssh.mapping import TooMuch
 from ctask.transports.ssh.packets import Packet
 from ctask.transports.ssh.reader import Readable, Reader
-from ctask.transports.ssh.wire import Wire
-
-if TYPE_CHECKING:
-    from paramiko.message import Message
+from ctask.transports.ssh.wire import BACKLOG_LIMIT, Wire
+from ctask.transports.watcher import watcher
 
 __all__ = ["Link", "OwnChannel"]
 
@@ -52,6 +55,17 @@ _logger = logging.getLogger("ctask.ssh")
 _FIRST_USER_MESSAGE = 50
 _NAME = b"keepalive@openssh.com"
 _KEEPALIVE = bytes((MSG_GLOBAL_REQUEST,)) + len(_NAME).to_bytes(4, "big") + _NAME + b"\1"
+#: Seconds of a turn: for so long the packets of one connection are dealt with before those of others. The clock is
+#: looked at after every so many packets, whose largest take half a millisecond together.
+_TURN = 0.002
+_LOOK = 16
+#: What a message that is parked during a re-key counts beside its bytes.
+_PARKED = 256
+#: A node gets new keys when it asks for them so many seconds after the last ones, or so many bytes; beyond some that
+#: it has ahead (sshd asks twice in a row now and then), it waits.
+_REKEY_SECONDS = 10.0
+_REKEY_BYTES = 64 * 1024
+_REKEYS_AHEAD = 8
 
 
 class OwnChannel(abc.ABC):
@@ -112,13 +126,26 @@ class Link(Exchange):
         self._fd = wire.fileno()
         self._reader: Reader | None = None
         self._parked: deque[Callable[[], None]] = deque()
+        self._parked_bytes = 0
+        #: packets that have come wait for another turn; the connection's thread
+        self._behind = False
+        #: not read until new keys are computed, or may be asked for; the connection's thread
+        self._paused = False
+        #: the request for new keys that came too early
+        self._held: bytes | None = None
+        self._keys_at = 0.0
+        self._rekeys_ahead = _REKEYS_AHEAD
         #: whom the answers to our global requests interest, in the order of the questions (RFC 4254 4)
         self._questions: deque[Callable[[], None]] = deque()
         # A strong map: paramiko's weak one sends CLOSE from whatever thread collects a channel.
         self._channels = _Channels()
-        self._handler_table[MSG_CHANNEL_OPEN_SUCCESS] = self._opened
-        self._handler_table[MSG_CHANNEL_OPEN_FAILURE] = self._open_failed
-        self._handler_table[MSG_REQUEST_SUCCESS] = self._handler_table[MSG_REQUEST_FAILURE] = self._answered
+        self._handlers[MSG_CHANNEL_OPEN] = self._on_open
+        self._handlers[MSG_CHANNEL_OPEN_SUCCESS] = self._on_opened
+        self._handlers[MSG_CHANNEL_OPEN_FAILURE] = self._on_open_failed
+        self._handlers[MSG_GLOBAL_REQUEST] = self._on_global_request
+        self._handlers[MSG_REQUEST_SUCCESS] = self._handlers[MSG_REQUEST_FAILURE] = self._on_answer
+        for kind in range(MSG_CHANNEL_WINDOW_ADJUST, MSG_CHANNEL_FAILURE + 1):
+            self._handlers[kind] = self._on_channel
 
     # --- the handshake: the thread that connects
 
@@ -141,8 +168,10 @@ class Link(Exchange):
         """
         self.packetizer.trust()
         # What came with the login's last packet would not wake the reader.
-        if not self._guarded(self._deal):
-            return False
+        self._behind = True
+        while self._behind:
+            if not self._guarded(self._deal):
+                return False
         add(self._fd, self)
         # Only now is there something to arm. What waited already is asked for here.
         reader = self._reader
@@ -169,8 +198,8 @@ class Link(Exchange):
         channel.chanid = self._next_channel()
         self._channels.put(channel.chanid, channel)
 
-    def channels(self) -> list[object]:
-        """Return the channels of this moment, paramiko's own included."""
+    def channels(self) -> list[OwnChannel]:
+        """Return the channels of this moment."""
         return self._channels.values()
 
     def delist(self, channel: OwnChannel) -> None:
@@ -211,9 +240,17 @@ class Link(Exchange):
 
     def _send_or_park(self, payloads: tuple[bytes, ...]) -> None:
         if not self.clear_to_send.is_set():
-            self._parked.append(partial(self._send_all, payloads))
+            self._park(partial(self._send_all, payloads), sum(map(len, payloads)))
         else:
             self._send_all(payloads)
+
+    def _park(self, what: Callable[[], None], size: int = 0) -> None:
+        """Keep `what` until the re-key is over. All that is kept counts as what waits on the wire does."""
+        self._parked_bytes += size + _PARKED
+        if self._parked_bytes > BACKLOG_LIMIT:
+            self.give_up(TooMuch("the node makes us say too much in the middle of a key exchange"))
+        else:
+            self._parked.append(what)
 
     def _send_all(self, payloads: tuple[bytes, ...]) -> None:
         if len(payloads) == 1:
@@ -232,7 +269,7 @@ class Link(Exchange):
         with self.clear_to_send_lock:
             if self.clear_to_send.is_set():
                 return False
-            self._parked.append(what)
+            self._park(what)
             return True
 
     def when_clear(self, what: Callable[[], None]) -> None:
@@ -241,7 +278,7 @@ class Link(Exchange):
         if self.clear_to_send.is_set():
             what()
         else:
-            self._parked.append(what)
+            self._park(what)
 
     def ask(self, answered: Callable[[], None]) -> None:
         """Ask the node for a sign of life; `answered` is called with it, or with the end. Any thread, never waits.
@@ -300,52 +337,127 @@ class Link(Exchange):
     def _send_message(self, data: Any) -> None:
         # The connection's thread answers packets in the middle of a re-key as well. RFC 4253 7.1 forbids all
         # but transport messages then, and waiting here for the re-key would be waiting for itself.
-        if (
-            threading.get_ident() == self.driver
-            and self.initial_kex_done
-            and not self.clear_to_send.is_set()
-            and data.asbytes()[0] >= _FIRST_USER_MESSAGE
-        ):
-            self._parked.append(partial(self._send_message, data))
+        payload = data.asbytes()
+        if self.initial_kex_done and payload[0] >= _FIRST_USER_MESSAGE and not self.clear_to_send.is_set():
+            self._park(partial(self._send_message, data), len(payload))
         else:
             self.packetizer.send_message(data)
-
-    def _send_user_message(self, data: Any) -> None:
-        # paramiko's own Channels answer by this in the connection's thread, too.
-        if threading.get_ident() == self.driver:
-            self._send_message(data)
-        else:
-            super()._send_user_message(data)
 
     # --- the connection's thread
 
     def readable(self) -> bool:
         """See `Readable`."""
-        return self._guarded(self._read)
+        return self._guarded(self._read) and self._behind
 
     def writable(self) -> None:
         """See `Readable`."""
         self.wire.push()
 
+    def hung_up(self) -> None:
+        """See `Readable`."""
+        if self._held is not None:
+            self._held = None
+            self._go_on(EOFError("the connection was closed"))
+
     def _read(self) -> None:
-        if self.wire.fill_now():
+        if self._paused:
+            self._pause()  # an event that was on its way
+        elif self._behind or self.wire.fill_now():
             self._deal()
 
     def _deal(self) -> None:
-        """Deal with the packets that have come, then hand on what they brought."""
+        """Deal with the packets that have come, for a turn at most; then hand on what they brought."""
         packetizer = self.packetizer
         if packetizer.need_rekey() and not self.in_kex:
             self._send_kex_init()
         channels = self._channels
-        while (payload := packetizer.next_payload()) is not None:
+        until = time.monotonic() + _TURN
+        count = 0
+        self._behind = False
+        while not self._paused and (payload := packetizer.next_payload()) is not None:
             kind = payload[0]
+            channel = None
             if MSG_CHANNEL_WINDOW_ADJUST <= kind <= MSG_CHANNEL_FAILURE and not self._expected_packet:
-                channel = channels.get(int.from_bytes(payload[1:5], "big"))
-                if isinstance(channel, OwnChannel):
-                    channel.packet(kind, payload)
-                    continue
-            self._dispatch(payload)
+                channel = channels.get(int.from_bytes(payload[1:5], "big")) if len(payload) > 4 else None
+            if channel is not None:
+                channel.packet(kind, payload)
+            else:
+                self._dispatch(payload)
+            count += 1
+            if count >= _LOOK:
+                count = 0
+                if time.monotonic() >= until:
+                    self._behind = True
+                    break
         self.wire.dry()
+
+    # --- new keys, while the reader carries the connection
+
+    def _compute(self, step: Callable[[], None]) -> None:
+        if self._reader is None:
+            step()
+        else:
+            self._pause()
+            rekey.compute(partial(self._compute_elsewhere, step))
+
+    def _compute_elsewhere(self, step: Callable[[], None]) -> None:
+        failure: Exception | None = None
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 (it ends the connection, in its own thread)
+            failure = error
+        reader = self._reader
+        if reader is not None:
+            reader.call(partial(self._go_on, failure))
+
+    def _on_kexinit(self, payload: bytes) -> None:
+        if self._reader is not None and self.local_kex_init is None:
+            early = self._keys_at + _REKEY_SECONDS - time.monotonic()
+            if early <= 0 or self.packetizer.moved >= _REKEY_BYTES:
+                self._rekeys_ahead = min(self._rekeys_ahead + 1, _REKEYS_AHEAD)
+            elif self._rekeys_ahead:
+                self._rekeys_ahead -= 1
+            else:
+                self._hold(payload, early)
+                return
+        super()._on_kexinit(payload)
+
+    def _hold(self, payload: bytes, seconds: float) -> None:
+        """Read no more until the node may have new keys. Nothing is lost, and what we send still goes."""
+        self.object_to("asking for new keys %.3g s too early: it is read again then", seconds)
+        self._pause()
+        self._held = payload
+        reader = self._reader
+        assert reader is not None
+        watcher().at(time.monotonic() + seconds, lambda: reader.call(self._stop_holding))
+
+    def _stop_holding(self) -> None:
+        held, self._held = self._held, None
+        if held is not None and not self.dead:
+            self._paused = False
+            self._guarded(partial(super()._on_kexinit, held))
+            if not self._paused:
+                self._go_on(None)
+
+    def _pause(self) -> None:
+        self._paused = True
+        if self._reader is not None:
+            self._reader.pause(self._fd)
+
+    def _go_on(self, failure: Exception | None) -> None:
+        """Read on after a pause; the connection's thread."""
+        reader = self._reader
+        if self.dead or reader is None:
+            return
+        self._paused = False
+        if self._guarded(partial(self._deal_after, failure)) and not self._paused:
+            reader.resume(self._fd, self, behind=self._behind)
+            self.wire.rearm()
+
+    def _deal_after(self, failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+        self._deal()
 
     def _guarded(self, step: Callable[[], None]) -> bool:
         """Carry out a step; whatever it raises ends the connection. Returns whether it lives."""
@@ -358,17 +470,16 @@ class Link(Exchange):
             self._die()
         return not self.dead
 
-    def _to_channel(self, kind: int, payload: bytes) -> None:
-        number = int.from_bytes(payload[1:5], "big")
+    def _on_channel(self, payload: bytes) -> None:
+        """A message for a channel, from WINDOW_ADJUST to FAILURE."""
+        number = Fields(payload, "a message for a session").u32()
         channel = self._channels.get(number)
-        if isinstance(channel, OwnChannel):
-            channel.packet(kind, payload)
-        elif channel is not None:
-            message = self._message(payload)
-            message.get_int()
-            self._channel_handler_table[kind](channel, message)
+        if channel is not None:
+            channel.packet(payload[0], payload)
         elif number >= self._channel_counter:
-            raise SSHException(f"a packet for channel {number}, which there never was")
+            raise SSHException(f"the node sent a message for session {number}, which there never was")
+        else:
+            self.object_to("a message for session %d, which is over", number)
 
     def _die(self) -> None:
         with self.lock:
@@ -380,11 +491,9 @@ class Link(Exchange):
             self.on_dead()
         for channel in self._channels.values():
             try:
-                channel.lost() if isinstance(channel, OwnChannel) else channel._unlink()
+                channel.lost()
             except Exception:  # one job's defect must not keep the others from hearing of their end
                 _logger.exception("a session could not be told that its connection is lost")
-        for event in self.channel_events.values():
-            event.set()  # paramiko's own Channels that wait for their opening
         while self._questions:
             self._questions.popleft()()
         try:
@@ -400,40 +509,61 @@ class Link(Exchange):
     def _untie(self) -> None:
         """Let go of what leads back here, so that a lost connection is freed at once and not by a later collection."""
         self._handler_table: dict[int, Any] = {}
+        self._handlers.clear()
         self._channels.clear()
-        self._reader = self.doubt = None
+        self._reader = self.doubt = self.kex_engine = None
         self.on_dead = None
         if self.saved_exception is not None:
             self.saved_exception.__traceback__ = None
 
-    def _parse_newkeys(self, m: Message) -> None:
-        super()._parse_newkeys(m)
-        # Nobody parks any more: the flag was set under the lock.
+    def _on_newkeys(self, payload: bytes) -> None:
+        super()._on_newkeys(payload)
+        self._keys_at = time.monotonic()
+        # Nothing is parked any more: the flag was set under the lock.
+        self._parked_bytes = 0
         while self._parked:
             self._parked.popleft()()
 
-    def _answered(self, _: Message) -> None:
+    def _on_answer(self, _: bytes) -> None:
         if self._questions:
             self._questions.popleft()()
-
-    def _opened(self, m: Message) -> None:
-        channel = self._channels.get(m.get_int())
-        if isinstance(channel, OwnChannel):
-            # Without paramiko's `lock` around it, under which `try_open` would find no moment.
-            numbers = m.get_int(), m.get_int(), m.get_int()
-            self.when_clear(partial(channel.confirmed, *numbers))
         else:
-            m.rewind()
-            super()._parse_channel_open_success(m)
+            self.object_to("an answer to no question")
 
-    def _open_failed(self, m: Message) -> None:
-        channel = self._channels.get(m.get_int())
-        if isinstance(channel, OwnChannel):
-            # paramiko keeps the reason in one place for all channels, where concurrent opens mix them up.
-            channel.refused(m.get_int(), m.get_string()[:200])
+    def _on_global_request(self, payload: bytes) -> None:
+        """Say no (RFC 4254 4): there is none that a client has to know."""
+        fields = Fields(payload, "a request")
+        fields.skip_string()
+        if fields.boolean():
+            self._send_message(Packet(messages.NO_TO_REQUEST))
+
+    def _on_open(self, payload: bytes) -> None:
+        """Say no to a channel that the node wants to open: nothing is forwarded here."""
+        fields = Fields(payload, "an opening of a channel")
+        fields.skip_string()
+        number = fields.u32()
+        fields.skip(8)  # its window, its largest packet
+        self.object_to("the opening of a channel to us")
+        self._send_message(Packet(messages.no_channel(number)))
+
+    def _on_opened(self, payload: bytes) -> None:
+        fields = Fields(payload, "a confirmation of a session")
+        number, remote, window, size = fields.u32(), fields.u32(), fields.u32(), fields.u32()
+        channel = self._channels.get(number)
+        if channel is not None:
+            self.when_clear(partial(channel.confirmed, remote, window, size))
         else:
-            m.rewind()
-            super()._parse_channel_open_failure(m)
+            self._on_channel(payload)
+
+    def _on_open_failed(self, payload: bytes) -> None:
+        fields = Fields(payload, "a refusal of a session")
+        number, code, text = fields.u32(), fields.u32(), fields.string()
+        fields.skip_string()  # its language
+        channel = self._channels.get(number)
+        if channel is not None:
+            channel.refused(code, text[:200])
+        else:
+            self._on_channel(payload)
 
     def abandon(self) -> None:
         """End the connection here and now; the thread that connects, which has not handed it over."""
@@ -450,10 +580,10 @@ class Link(Exchange):
         self.wire.shut()
 
 
-class _Channels(dict[int, Any]):
+class _Channels(dict[int, OwnChannel]):
     """Number -> channel, as paramiko's weak map has it; each operation is one of a dict's own."""
 
-    def put(self, chanid: int, channel: Any) -> None:
+    def put(self, chanid: int, channel: OwnChannel) -> None:
         """Add one."""
         self[chanid] = channel
 
@@ -461,6 +591,6 @@ class _Channels(dict[int, Any]):
         """Remove one, if it is there."""
         self.pop(chanid, None)
 
-    def values(self) -> list[Any]:  # type: ignore[override]  # a copy: the map changes while it is looped over
+    def values(self) -> list[OwnChannel]:  # type: ignore[override]  # a copy: the map changes while it is looped over
         """Return the channels."""
         return list(super().values())

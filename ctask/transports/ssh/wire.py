@@ -223,6 +223,12 @@ class Wire:
             self._armed = waits
             self._arm(waits)
 
+    def rearm(self) -> None:
+        """Say again whether something waits: the reader may not have listened."""
+        with self._out:
+            if self._arm is not None:
+                self._arm(self._armed)
+
     def push(self) -> None:
         """Send what waits, as far as there is room."""
         with self._out:
