@@ -14,6 +14,7 @@ import os
 import pwd
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ctask.errors import OptionError
@@ -41,6 +42,18 @@ DEFAULT_KNOWN_HOSTS = (
     "/etc/ssh/ssh_known_hosts",
     "/etc/ssh/ssh_known_hosts2",
 )
+#: Methods of key exchange that OpenSSL computes, the best first; and the one in which the server chooses what it costs.
+KEX_ALGORITHMS = (
+    "mlkem768x25519-sha256",
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+    "ecdh-sha2-nistp256",
+    "ecdh-sha2-nistp384",
+    "ecdh-sha2-nistp521",
+    "diffie-hellman-group16-sha512",
+    "diffie-hellman-group14-sha256",
+)
+GROUP_EXCHANGE = "diffie-hellman-group-exchange-sha256"
 HOST_KEY_POLICIES = ("verify", "accept-new", "insecure-ignore")
 #: From the gentlest on, so that "at most `term`" is a minimum.
 STOP_POLICIES = ("leave", "term", "kill")
@@ -58,6 +71,7 @@ class Target:
         known_hosts: paths, the first one is where `accept-new` adds.
         named_known_hosts: whether the caller named them.
         host_key_policy: `verify`, `accept-new` or `insecure-ignore`.
+        kex_algorithms: the methods of key exchange to offer, the preferred one first.
         keep: seconds that an idle connection to it is kept; 0 closes it with its last job.
         alive_interval: seconds between the questions whether a node in use still lives; None asks nothing. Here and
             not in `JobOptions`, because a connection has one beat, whatever jobs share it.
@@ -74,6 +88,7 @@ class Target:
     host_key_policy: str = "verify"
     keep: float = 60.0
     alive_interval: float | None = 30.0
+    kex_algorithms: tuple[str, ...] = KEX_ALGORITHMS
 
     def where(self) -> str:
         """Return `address:port`, with brackets around an IPv6 address."""
@@ -217,6 +232,25 @@ def _paths(name: str, value: object) -> tuple[str, ...]:
     return paths
 
 
+def _kex(name: str, value: object) -> tuple[str, ...]:
+    """Return the methods that a list in the form of ssh_config(5), KexAlgorithms, names: of those that ctask has."""
+    items = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise OptionError(f"{name} is a list of methods of key exchange, as KexAlgorithms of ssh_config, not {value!r}")
+    text = ",".join(map(str, items))
+    sign = text[:1] if text[:1] in ("+", "-", "^") else ""
+    patterns = [part.strip() for part in text.removeprefix(sign).split(",")]
+    there = (*KEX_ALGORITHMS, GROUP_EXCHANGE)
+    meant = [name for pattern in patterns for name in there if fnmatchcase(name, pattern)]
+    if sign == "-":
+        chosen = [name for name in KEX_ALGORITHMS if name not in meant]
+    else:
+        chosen = [*(KEX_ALGORITHMS if sign == "+" else ()), *meant, *(KEX_ALGORITHMS if sign == "^" else ())]
+    if not chosen or (not meant and sign != "-"):
+        raise OptionError(f"{name} {value!r} leaves nothing that ctask has: {', '.join(there)}")
+    return tuple(dict.fromkeys(chosen))
+
+
 def _retry(name: str, value: object) -> Retry | None:
     if value is None or isinstance(value, Retry):
         return value
@@ -243,6 +277,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "host_key_policy": _choice(*HOST_KEY_POLICIES),
     "keep": _duration,
     "alive_interval": seconds,
+    "kex_algorithms": _kex,
     # limits of a job
     "connect_timeout": seconds,
     "timeout": seconds,
@@ -268,8 +303,8 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
 #: Options that one node can have of its own.
 NODE_OPTIONS = frozenset(
     (
-        *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "keep"),
-        *("alive_interval", "connect_timeout", "timeout", "idle_timeout", "deadline", "drain_timeout", "retry"),
+        *("transport", "address", "port", "user", "identity", "known_hosts", "host_key_policy", "kex_algorithms"),
+        *("keep", "alive_interval", "connect_timeout", "timeout", "idle_timeout", "deadline", "drain_timeout", "retry"),
         *("stop", "stop_grace", "stop_by", "fresh"),
     )
 )
@@ -291,6 +326,7 @@ _DEFAULTS: dict[str, Any] = {
     "host_key_policy": "verify",
     "keep": 60.0,
     "alive_interval": 30.0,
+    "kex_algorithms": KEX_ALGORITHMS,
     "connect_timeout": 10.0,
     "timeout": None,
     "idle_timeout": None,
@@ -420,6 +456,7 @@ def _target(options: Mapping[str, Any]) -> Target:
         host_key_policy=options["host_key_policy"],
         keep=options["keep"],
         alive_interval=options["alive_interval"],
+        kex_algorithms=options["kex_algorithms"],
     )
 
 
@@ -439,6 +476,7 @@ def _at(pattern: Target, node: str, options: Mapping[str, Any]) -> Target:
         pattern.host_key_policy,
         pattern.keep,
         pattern.alive_interval,
+        pattern.kex_algorithms,
     )
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from paramiko.ssh_exception import SSHException
 
 from ctask import Outcome
-from ctask.errors import HandshakeError
+from ctask.errors import HandshakeError, OptionError
+from ctask.options import GROUP_EXCHANGE, KEX_ALGORITHMS, parse_option
 from ctask.transports.ssh import SshTransport, messages
 from ctask.transports.ssh import reader as reader_module
 from ctask.transports.ssh.exchange import ALLOWED
@@ -316,6 +317,36 @@ def test_a_group_of_the_servers_choice_is_not_taken_unasked(sshd_factory: SshdFa
     server = sshd_factory("KexAlgorithms diffie-hellman-group-exchange-sha256")
     with pytest.raises(HandshakeError, match="no common key exchange algorithm: the server has diffie-hellman-group-e"):
         connect(server)
+
+
+def test_a_group_of_the_servers_choice_is_taken_where_it_is_allowed(
+    sshd_factory: SshdFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WirePacketizer, "REKEY_BYTES", 400_000)
+    server = sshd_factory(f"KexAlgorithms {GROUP_EXCHANGE}")
+    target = target_for(server.options(), server.address(1), kex_algorithms=(*KEX_ALGORITHMS, GROUP_EXCHANGE))
+    with connected(target) as connection:
+        assert run(connection, b"head -c 1000000 /dev/zero; exit 3").status == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("+" + GROUP_EXCHANGE, (*KEX_ALGORITHMS, GROUP_EXCHANGE)),
+        ("^diffie-hellman-group14-sha256", (KEX_ALGORITHMS[-1], *KEX_ALGORITHMS[:-1])),
+        ("-ecdh-*,mlkem*", tuple(name for name in KEX_ALGORITHMS if not name.startswith(("ecdh", "mlkem")))),
+        ("sntrup761x25519-sha512,curve25519-sha256", ("curve25519-sha256",)),
+        (["curve25519-sha256", "ecdh-sha2-nistp256"], ("curve25519-sha256", "ecdh-sha2-nistp256")),
+    ],
+)
+def test_the_methods_are_named_as_in_ssh_config(text: str, wanted: tuple[str, ...]) -> None:
+    assert parse_option("kex_algorithms", text) == ("kex_algorithms", wanted)
+
+
+@pytest.mark.parametrize("text", ["", "+", "none", "-*", "diffie-hellman-group1-sha1", 3, [3], None])
+def test_no_method_at_all_is_refused(text: object) -> None:
+    with pytest.raises(OptionError, match="kex_algorithms"):
+        parse_option("kex_algorithms", text)
 
 
 @pytest.mark.parametrize("host_key", ["ed25519", "ecdsa", "rsa"])

@@ -95,5 +95,6 @@ _READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "userknownhostsfile": ("user_files", _files),
     "globalknownhostsfile": ("system_files", _files),
     "stricthostkeychecking": ("host_key_policy", _policy),
+    "kexalgorithms": ("kex_algorithms", lambda _, value: value),
 }
-TAKEN = "Port, UserKnownHostsFile, GlobalKnownHostsFile and StrictHostKeyChecking"
+TAKEN = "Port, UserKnownHostsFile, GlobalKnownHostsFile, StrictHostKeyChecking and KexAlgorithms"

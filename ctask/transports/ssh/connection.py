@@ -178,7 +178,7 @@ class _Making:
     def _handshake(self, version: str, known: KnownHosts) -> Link:
         target = self._target
         types = _key_types(known.key_types(target.address, target.port))
-        link = Link(self._wire, version, f"ctask/ssh {target.where()}", types)
+        link = Link(self._wire, version, f"ctask/ssh {target.where()}", types, target.kex_algorithms)
         self._pool.born(link)
         self._link = link
         if not link.handshake():

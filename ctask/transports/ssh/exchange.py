@@ -33,6 +33,7 @@ from paramiko.common import (
 )
 from paramiko.ssh_exception import MessageOrderError, SSHException
 
+from ctask.options import GROUP_EXCHANGE
 from ctask.transports.ssh import keyexchange, messages
 from ctask.transports.ssh.fields import Fields, Malformed
 from ctask.transports.ssh.mapping import HostKeyChanged, NoCommonAlgorithm, TooMuch, quoted, says_forced_command
@@ -127,9 +128,10 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         "hmac-sha2-256",
         "hmac-sha2-512",
     )
-    _preferred_kex = keyexchange.OFFERED
 
-    def __init__(self, wire: Wire, version: str, key_types: tuple[str, ...]) -> None:
+    def __init__(
+        self, wire: Wire, version: str, key_types: tuple[str, ...], kex_algorithms: tuple[str, ...]
+    ) -> None:
         super().__init__(wire, packetizer_class=WirePacketizer)
         self.wire = wire
         self.phase = "keys"
@@ -140,6 +142,8 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         self.remote_version = version  # read and judged already: a server that says nothing costs nothing of this
         self.packetizer.set_log(None)
         self._preferred_keys = key_types
+        # What OpenSSL cannot compute here is left out.
+        self._preferred_kex = tuple(name for name in kex_algorithms if name in keyexchange.METHODS)
         self._handlers: dict[int, Callable[[bytes], None]] = {
             MSG_KEXINIT: self._on_kexinit,
             MSG_NEWKEYS: self._on_newkeys,
@@ -280,7 +284,10 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         agreed = [name for name in chosen.values() if name is not None]
         if len(agreed) < len(chosen):
             lacking = {kind: theirs[kind] if name is None else ours[kind] for kind, name in chosen.items()}
-            raise NoCommonAlgorithm(differences(ours, lacking))
+            advice = ""
+            if chosen["kex_algo_list"] is None and GROUP_EXCHANGE in theirs["kex_algo_list"]:
+                advice = f". An old node? Allow it: kex_algorithms='+{GROUP_EXCHANGE}'"
+            raise NoCommonAlgorithm(differences(ours, lacking) + advice)
         method, self.host_key_type, self.local_cipher, self.remote_cipher, *rest = agreed
         self.local_mac, self.remote_mac, self.local_compression, self.remote_compression = rest
         self.kex_engine = keyexchange.METHODS[method](self)

@@ -22,14 +22,13 @@ from paramiko.kex_mlkem import KexMLKEM768X25519
 from paramiko.message import Message
 from paramiko.ssh_exception import SSHException
 
+from ctask.options import GROUP_EXCHANGE, KEX_ALGORITHMS
 from ctask.transports.ssh.fields import Fields
 from ctask.transports.ssh.messages import mpint, string, u32
 from ctask.transports.ssh.packets import Packet
 
-__all__ = ["GROUP_EXCHANGE", "METHODS", "OFFERED", "verified_key"]
+__all__ = ["METHODS", "OFFERED", "verified_key"]
 
-#: RFC 4419: the server chooses the group, and with it what each exchange costs us.
-GROUP_EXCHANGE = "diffie-hellman-group-exchange-sha256"
 #: RFC 4253 8, and RFC 4419 3 for a group exchange
 _INIT, _REPLY, _GROUP, _GROUP_INIT, _GROUP_REPLY, _GROUP_REQUEST = 30, 31, 31, 32, 33, 34
 #: Bits of a group that is asked for: as few as are allowed, as many as suit AES-128, as many as we compute with.
@@ -165,8 +164,8 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message="Diffie-Hellman over finite fields")
 
 
-#: name -> class, in the order of preference. All but the last compute in OpenSSL. The two names of curve25519 are one
-#: method: RFC 8731's, which a hardened server has alone, and the one that is older than the RFC.
+#: name -> class. All but the last, where the server chooses the group (RFC 4419), compute in OpenSSL. The two names of
+#: curve25519 are one method: RFC 8731's, which a hardened server has alone, and the one that is older than the RFC.
 METHODS: dict[str, Any] = {
     "mlkem768x25519-sha256": KexMLKEM768X25519,
     "curve25519-sha256": KexCurve25519,
@@ -181,7 +180,7 @@ METHODS: dict[str, Any] = {
 if not KexMLKEM768X25519.is_available():
     del METHODS["mlkem768x25519-sha256"]
 #: those that are offered where the caller says nothing
-OFFERED = tuple(name for name in METHODS if name != GROUP_EXCHANGE)
+OFFERED = tuple(name for name in KEX_ALGORITHMS if name in METHODS)
 
 
 def verified_key(algorithm: str, blob: bytes, signature: bytes, data: bytes) -> paramiko.PKey:

@@ -41,6 +41,7 @@ from ctask.transports.ssh import messages, rekey
 from ctask.transports.ssh.alive import Doubt
 from ctask.transports.ssh.exchange import Exchange
 from ctask.transports.ssh.fields import Fields
+from ctask.transports.ssh.keyexchange import OFFERED
 from ctask.transports.ssh.mapping import TooMuch
 from ctask.transports.ssh.packets import Packet
 from ctask.transports.ssh.reader import Readable, Reader
@@ -111,8 +112,15 @@ class Link(Exchange):
         orders: numbers for exec requests, in the order in which they are sent; its thread.
     """
 
-    def __init__(self, wire: Wire, version: str, name: str, key_types: tuple[str, ...]) -> None:
-        super().__init__(wire, version, key_types)
+    def __init__(
+        self,
+        wire: Wire,
+        version: str,
+        name: str,
+        key_types: tuple[str, ...],
+        kex_algorithms: tuple[str, ...] = OFFERED,
+    ) -> None:
+        super().__init__(wire, version, key_types, kex_algorithms)
         self.name = name
         self.dead = False
         self.over = False
