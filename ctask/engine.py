@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ctask.dispatcher import Dispatcher, Post
@@ -38,6 +39,9 @@ log = logging.getLogger("ctask.engine")
 _LOOK_AGAIN = 0.02
 #: Threads that a task's pool may have; they are started on demand, and the plan bounds what it is handed.
 POOL_THREADS = 1024
+#: Seconds until a transport that said there was room, and had none, is asked again: twice as long each time, from the
+#: first to the second. One that always says so costs some wake-ups, and not a core.
+_ASK_AGAIN, _ASK_AT_LEAST = 0.01, 0.1
 
 
 class Engine:
@@ -56,12 +60,14 @@ class Engine:
         self._closing = False
         self._stranded: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._over = False
-        self._short_of: Transport | None = None
+        # Transports that will say when they have room, and the pauses of those that said so and had none.
+        self._short_of: dict[int, Transport] = {}
+        self._pauses: dict[int, float] = {}
         self._told_short = False
         self.gate = Gate(queue_limit, self._give, self._later)
         self.mailbox = Mailbox(self.gate)
         self.plan: Plan[Job, ConnectionMaking, Connection]
-        self.plan = Plan(fanout, lambda target: ConnectionMaking(self.run, target))
+        self.plan = Plan(fanout, lambda job: ConnectionMaking(self.run, job.way, job.target))
         self.dispatcher = Dispatcher(
             f"{name}/dispatcher", self._step, self.plan.due, died=self._died, returned=self._returned
         )
@@ -144,26 +150,51 @@ class Engine:
 
     def _take(self, job: Job) -> Connection | None:
         try:
-            return self.run.transport(job.target.transport).take(job.target)
-        except Exception as error:
-            # In the midst of the plan's step, which must not lose its way: the job ends right after it.
-            log.exception("no connection could be looked for: %r", job)
-            self.dispatcher.post(job, job.broken, error)
+            connection: Connection | None = job.way.take(job.target)
+        except Exception as error:  # noqa: BLE001 (told to the job)
+            self._unplanned(job, error)
             return None
+        if connection is not None and self._pauses:
+            self._pauses.pop(id(job.way), None)
+        return connection
 
     def _reserve(self, job: Job) -> bool:
-        way = self.run.transport(job.target.transport)
-        if way.reserve():
-            return True
-        self._tell_short()
-        if self._short_of is None:
-            # Told once; the plan is asked again after every post, so that a post is all that is needed then.
-            self._short_of = way
-            way.when_room(lambda: self.dispatcher.post(None, self._roomy))
+        way = job.way
+        try:
+            if way.dials and way.reserve():
+                self._pauses.pop(id(way), None)
+                return True
+        except Exception as error:  # noqa: BLE001 (told to the job)
+            self._unplanned(job, error)
+            return False
+        if getattr(way, "by_files", False):
+            self._tell_short()
+        if id(way) not in self._short_of:
+            self._short_of[id(way)] = way
+            pause = self._pauses.get(id(way))
+            self._pauses[id(way)] = _ASK_AGAIN if pause is None else min(2 * pause, _ASK_AT_LEAST)
+            if pause is None:
+                self._ask_for_room(way)
+            else:
+                self._at(pause, partial(self._ask_for_room, way))
         return False
 
-    def _roomy(self) -> None:
-        self._short_of = None
+    def _unplanned(self, job: Job, error: Exception) -> None:
+        """A transport raised in the midst of the plan's step, which must not lose its way: the job ends after it."""
+        log.error("no way could be looked for: %r", job, exc_info=error)
+        self.dispatcher.post(job, job.broken, error)
+
+    def _ask_for_room(self, way: Transport) -> None:
+        # Told once; the plan is asked again after every post, so that a post is all that is needed then.
+        roomy = partial(self.dispatcher.post, None, self._roomy, way)
+        try:
+            way.when_room(roomy)
+        except Exception:
+            log.exception("%r could not be asked for room", way)
+            self._at(_ASK_AT_LEAST, roomy)
+
+    def _roomy(self, way: Transport) -> None:
+        self._short_of.pop(id(way), None)
 
     def _tell_short(self) -> None:
         """Say once that descriptors, and not the fan-out, bound what runs at once: the limit is the program's."""

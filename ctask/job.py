@@ -59,6 +59,8 @@ class Job:
         self.run = run
         self.work = work
         self.node = node
+        #: the transport of its target, the same from the submission to the outcome, whatever is registered meanwhile
+        self.way = run.transport(target.transport)
         self.target = target
         self.command = command
         self.limits = limits
@@ -80,7 +82,7 @@ class Job:
         self.timeline = Timeline(now)
         #: what became of what was ended on the node
         self.ending: Ending | None = None
-        self._replaced = False
+        self._replaced = not self.way.dials  # where nothing is dialed there is no other connection
         self._connection: Connection | None = None
         #: the connection that was made for it, until it starts
         self._made: Connection | None = None
@@ -241,7 +243,7 @@ class Job:
         assert self._connection is not None
         self._replaced = True
         self.fresh = True
-        self.run.transport(self.target.transport).give_back(self._connection)
+        self.way.give_back(self._connection)
         self._connection = self._session = self._inbox = None
         self.left_making(self.run.dispatcher.clock())
         self.run.plan.freed(self)
@@ -306,7 +308,7 @@ class Job:
         if self._session is None:
             if self._making is not None:
                 self._making.catch_up()
-            self.run.transport(self.target.transport).unreachable(self.target, self.run.dispatcher.clock())
+            self.way.unreachable(self.target, self.run.dispatcher.clock())
             self._finish(Outcome.UNREACHED, silence(self.timeline.phase, self.target, limit))
             return
         assert self._inbox is not None
@@ -410,7 +412,7 @@ class Job:
         connection, session = self._connection, self._session
         if connection is not None and session is not None and self._stopped is None and not session.drop():
             self._connection = None  # its place is given back once the session was told to end
-            self.run.work(end_alone, self.run.transport(self.target.transport), connection, session, self.limits.stop)
+            self.run.work(end_alone, self.way, connection, session, self.limits.stop)
         self._fail(error)
 
     def _fail(self, error: NodeError) -> None:
@@ -456,7 +458,7 @@ class Job:
             self.clock = ConnectClock(self, self.run.dispatcher, self.limits.connect_timeout)
         self._begin_try(now)
         if isinstance(failure, errors.SessionRefused):  # another connection may have room
-            self.fresh = self.run.transport(self.target.transport).dials
+            self.fresh = True
         self.run.plan.backoff(self, now + delay)
 
     def _conclude(self, **how: bool) -> None:
@@ -490,7 +492,7 @@ class Job:
         if orphan is not None:
             orphan.cancel()
         if self._connection is not None:
-            self.run.transport(self.target.transport).give_back(self._connection)
+            self.way.give_back(self._connection)
             self._connection = None
         self._session = self._made = None
 

@@ -16,7 +16,7 @@ from ctask.errors import ConnectError, LocalResource, NodeError
 from ctask.options import Target
 from ctask.plan import Making, Stage
 from ctask.runtime import Runtime
-from ctask.transports.base import Connection
+from ctask.transports.base import Connection, Transport
 from ctask.transports.watcher import Dial, watcher
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class ConnectionMaking(Making["Job"]):
     It has no deadline: each job leaves at its own, and the last one to leave cancels it.
     """
 
-    def __init__(self, run: Runtime, target: Target) -> None:
+    def __init__(self, run: Runtime, way: Transport, target: Target) -> None:
         super().__init__(target)
         self._run = run
-        self._transport = run.transport(target.transport)
+        self._transport = way
         self._dial: Dial | None = None
         self._sock: socket.socket | None = None
         # Whether a thread of the pool has come to it; that thread's.

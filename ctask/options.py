@@ -24,6 +24,7 @@ from ctask.retry import BUSY, Retry
 
 __all__ = [
     "STOP_POLICIES",
+    "TRANSPORTS",
     "Command",
     "JobOptions",
     "Options",
@@ -54,6 +55,8 @@ KEX_ALGORITHMS = (
     "diffie-hellman-group14-sha256",
 )
 GROUP_EXCHANGE = "diffie-hellman-group-exchange-sha256"
+#: The ways to a node, by name; `ctask.transports.register` adds to them.
+TRANSPORTS = {"local", "ssh"}
 HOST_KEY_POLICIES = ("verify", "accept-new", "insecure-ignore")
 #: From the gentlest on, so that "at most `term`" is a minimum.
 STOP_POLICIES = ("leave", "term", "kill")
@@ -64,7 +67,7 @@ class Target:
     """Everything that decides how a node is reached; equal targets share connections.
 
     Attributes:
-        transport: `ssh` or `local`.
+        transport: `ssh`, `local`, or the name of one that the program has registered.
         address: name or IP address to connect to, and to look up in known_hosts.
         identities: paths of private keys, in the order in which they are offered; missing default ones are skipped.
         named_identities: whether the caller named them, so that a missing one is an error.
@@ -208,6 +211,12 @@ def _choice(*choices: str) -> Callable[[str, object], str]:
     return parse
 
 
+def _transport(name: str, value: object) -> str:
+    if not isinstance(value, str) or value not in TRANSPORTS:
+        raise OptionError(f"{name} is one of {', '.join(sorted(TRANSPORTS))}, not {value!r}")
+    return value
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value or value.startswith("-") or not value.isprintable():
         raise OptionError(f"{name} is a text without control characters and without a leading '-', not {value!r}")
@@ -268,7 +277,7 @@ def _codes(name: str, value: object) -> frozenset[int]:
 
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
     # the way to a node
-    "transport": _choice("ssh", "local"),
+    "transport": _transport,
     "address": _text,
     "port": _port,
     "user": _user,

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -13,12 +16,23 @@ from ctask.options import Target
 from ctask.plan import PACE, Dial, Join, Making, Plan, Stage, Start
 
 
+class Way:
+    """What the plan needs of a transport."""
+
+    def __init__(self, *, dials: bool) -> None:
+        self.dials = dials
+
+
+SSH, LOCAL = Way(dials=True), Way(dials=False)
+
+
 class Job:
     """What the plan needs of a job."""
 
-    def __init__(self, node: str, *, fresh: bool = False) -> None:
+    def __init__(self, node: str, *, fresh: bool = False, way: Way = SSH) -> None:
         self.target = Target(address=node)
         self.fresh = fresh
+        self.way = way
 
     def __repr__(self) -> str:
         return self.target.address
@@ -31,7 +45,7 @@ class Day:
     """A plan, and kept connections with places."""
 
     def __init__(self, fanout: int, room: int = 1_000_000) -> None:
-        self.plan: Plan[Job, Making[Job], str] = Plan(fanout, Making)
+        self.plan: Plan[Job, Making[Job], str] = Plan(fanout, lambda job: Making(job.target))
         self.kept: Kept = {}
         self.room = room
         self.now = 0.0
@@ -197,11 +211,13 @@ class AnyDay(RuleBasedStateMachine):
         self.running: dict[Job, None] = {}
         self.makings: list[Making[Job]] = []
         self.finished: list[Job] = []
-        self.names = itertools.cycle(("a", "b", "c", "d", "e"))
+        self.names = itertools.cycle(("a", "b", "c", "local", "d", "e"))
+        self.day.kept["local"] = 6  # of eight places
 
     @rule(count=st.integers(1, 4))
     def submit(self, count: int) -> None:
-        jobs = [Job(next(self.names)) for _ in range(count)]
+        names = [next(self.names) for _ in range(count)]
+        jobs = [Job(name, way=LOCAL if name == "local" else SSH) for name in names]
         self.live.update(dict.fromkeys(jobs))
         self.day.plan.submitted(jobs)
         self.step()
@@ -214,6 +230,7 @@ class AnyDay(RuleBasedStateMachine):
     def step(self) -> None:
         for action in self.day.step():
             if isinstance(action, Dial):
+                assert all(job.way.dials for job in action.making.jobs)
                 self.makings.append(action.making)
             elif isinstance(action, Start):
                 assert action.job in self.live
@@ -307,4 +324,116 @@ def test_jobs_of_kept_nodes_start_in_their_order(nodes: list[int]) -> None:
     day.kept = {f"n{n}": -100 for n in range(6)}
     jobs = [Job(f"n{n}") for n in nodes]
     day.plan.submitted(jobs)
+    assert [a.job for a in day.step() if isinstance(a, Start)] == jobs
+
+
+# -- ways -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_way_that_has_no_room_holds_up_no_other() -> None:
+    day = Day(fanout=4, room=0)
+    node, local, behind = Job("n"), Job("l", way=LOCAL), Job("m")
+    day.kept = {"l": 0, "m": 0}
+    day.plan.submitted([node, local, behind])
+    assert [a.job for a in day.step() if isinstance(a, Start)] == [local], "what goes by one way keeps its order"
+    day.kept["l"] = 8
+    day.room = 10
+    other = Job("l", way=LOCAL)
+    day.plan.withdrawn(node)
+    day.plan.submitted([other])
+    day.plan.withdrawn(local)
+    assert [a.job for a in day.step() if isinstance(a, Start)] == [behind]
+    day.kept["l"] = 0
+    assert [a.job for a in day.step() if isinstance(a, Start)] == [other]
+
+
+def test_dials_that_are_paced_hold_up_no_other_way() -> None:
+    day = Day(fanout=2)
+    day.kept["l"] = 0
+    day.plan.submitted([*(Job(f"n{n}") for n in range(3)), Job("l", way=LOCAL)])
+    assert kinds(day.step()) == ["Join", "Dial", "Join", "Dial", "Start"]
+
+
+def test_the_first_submitted_is_the_first_whichever_way_it_goes() -> None:
+    day = Day(fanout=1)
+    day.kept = {"n": -100, "l": -100}
+    jobs = [Job("n" if n % 3 else "l", way=SSH if n % 3 else LOCAL) for n in range(12)]
+    day.plan.submitted(jobs)
+    started: list[Job] = []
+    while len(started) < len(jobs):
+        (action,) = day.step()
+        assert isinstance(action, Start)
+        started.append(action.job)
+        day.plan.withdrawn(action.job)
+    assert started == jobs
+
+
+def test_where_nothing_is_dialed_a_fresh_connection_is_any() -> None:
+    day = Day(fanout=1)
+    day.kept["l"] = 0
+    day.plan.submitted([Job("l", way=LOCAL, fresh=True)])
+    assert kinds(day.step()) == ["Start"]
+
+
+def test_where_nothing_is_dialed_a_job_without_a_place_waits_and_is_not_dialed() -> None:
+    day = Day(fanout=1)
+    day.plan.submitted([Job("l", way=LOCAL)])
+    assert day.step() == []
+    assert day.plan.short
+    assert day.plan.dialing == 0
+    day.kept["l"] = 0
+    assert kinds(day.step()) == ["Start"]
+
+
+# -- what is withdrawn is forgotten ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["queue", "behind", "backoff", "batch"])
+def test_a_job_that_is_withdrawn_is_not_kept(where: str) -> None:
+    day = Day(fanout=1, room=0)
+    job = Job("n")
+    ref = weakref.ref(job)
+    if where == "backoff":
+        day.plan.backoff(job, 1e9)
+    elif where == "batch":
+        day.plan.submitted([job], batch="later")
+    else:
+        day.plan.submitted([Job("m"), job] if where == "behind" else [job])
+    day.step()
+    day.plan.withdrawn(job)
+    day.plan.due()
+    gc.disable()
+    try:
+        del job
+        assert ref() is None
+    finally:
+        gc.enable()
+    assert day.plan.due() is None
+    day.now = 2e9
+    day.plan.opened("later")
+    day.room = 10
+    assert [a.job.target.address for a in day.step() if isinstance(a, Join)] == ["m"] * (where == "behind")
+
+
+def test_backoffs_that_are_withdrawn_do_not_pile_up() -> None:
+    day = Day(fanout=1)
+    kept = Job("kept")
+    for n in range(10_000):
+        job = Job("n")
+        day.plan.backoff(job, 1e6 + n)
+        day.plan.withdrawn(job)
+    day.plan.backoff(kept, 1e9)
+    assert len(day.plan._backoffs) < 200
+    assert day.plan.due() == 1e9
+    day.now = 1e9
+    assert kinds(day.step()) == ["Join", "Dial"]
+
+
+def test_tries_that_are_due_together_keep_their_order() -> None:
+    day = Day(fanout=100)
+    day.kept["n"] = -100
+    jobs = [Job("n") for _ in range(5)]
+    for n, job in enumerate(jobs):
+        day.plan.backoff(job, 1.0 + n)
+    day.now = 10.0
     assert [a.job for a in day.step() if isinstance(a, Start)] == jobs

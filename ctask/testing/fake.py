@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from ctask import transports
-from ctask.errors import Aborted, NodeError
+from ctask.errors import Aborted, ConnectError, LocalResource, NodeError
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
 from ctask.states import Outcome
@@ -27,6 +28,7 @@ from ctask.transports.base import Session, Sink
 
 __all__ = ["End", "FakeConnection", "FakeSession", "FakeTransport", "Step"]
 
+log = logging.getLogger("ctask.testing")
 
 #: Seconds after which jobs have their outcome when the transport is left while they run.
 LEAVE_WITHIN = 1.0
@@ -61,6 +63,9 @@ class End:
     stop: Stop
     within: float
 
+
+#: Those that stand in place of `ssh`, the last one in front of the others.
+_standing: list[FakeTransport] = []
 
 #: What a call of `Connection.end` answers for all of its sessions, or for each.
 Endings = Callable[[End], "Ending | dict[FakeSession, Ending]"]
@@ -149,7 +154,8 @@ class FakeSession:
         """The one end."""
         if not self.over:
             self.over = True
-            self.sink.ended(error)
+            # A script may give the same error to many nodes; each job fills in its own.
+            self.sink.ended(error.copy() if error is not None else None)
             self.sink.flush()
 
 
@@ -206,7 +212,9 @@ class FakeTransport:
         ends: the calls of `Connection.end`, in order.
 
     Use it as a context manager: it stands in place of `ssh` in this process until it is left, which aborts what
-    still runs on it.
+    still runs on it. Nothing that was submitted meanwhile is ever dialed: what is begun later ends with a
+    `ConnectError`. Options that are about connections (`fresh`, `keep`, `port`) are taken and have no effect. What
+    `script`, `refuse` or a step's `call` raises is logged, and ends its session with a `LocalResource`.
     """
 
     dials = False
@@ -238,8 +246,9 @@ class FakeTransport:
         self._thread = threading.Thread(target=self._run, name="ctask/fake", daemon=True)
 
     def __enter__(self) -> Self:
-        transports.register("ssh", self)
         self._thread.start()
+        _standing.append(self)
+        transports.register("ssh", self)
         return self
 
     def __exit__(
@@ -247,7 +256,8 @@ class FakeTransport:
     ) -> None:
         self._abort_jobs()
         self._left.set()
-        transports.register("ssh", None)
+        _standing.remove(self)
+        transports.register("ssh", _standing[-1] if _standing else None)
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -256,7 +266,8 @@ class FakeTransport:
     def _abort_jobs(self) -> None:
         """End what still runs or waits: its places are ours, and nobody else can take them back."""
         begun = [job for task in all_tasks() for worker in task.unfinished() for job in worker.jobs]
-        jobs = [job for job in begun if job.result is None and job.target.transport == "ssh"]
+        own: object = self
+        jobs = [job for job in begun if job.result is None and job.way is own]
         for job in jobs:
             job.run.post(job, job.stop, Outcome.ABORTED, Aborted("the fake transport was left"), LEAVE_WITHIN)
         until = time.monotonic() + 2 * LEAVE_WITHIN
@@ -281,7 +292,7 @@ class FakeTransport:
         connection.places -= 1
 
     def connect(self, target: Target, sock: socket, on_phase: Callable[[str], None]) -> NoReturn:
-        """Never called: `take` always succeeds, so nothing is dialed."""
+        """Never called: nothing is dialed (`dials` is False)."""
         raise RuntimeError("a fake node is not dialed")
 
     def keep(self, connection: Any, *, alone: bool = False) -> None:
@@ -318,11 +329,13 @@ class FakeTransport:
 
     def begin(self, session: FakeSession) -> None:
         """Carry out a session's script. Any thread."""
-        self._at(time.monotonic() + self._delay, lambda: self._send(session))
+        if not self._at(time.monotonic() + self._delay, lambda: self._guarded(session, self._send, session)):
+            session.end(ConnectError("the fake transport that it was submitted to was left", phase="open"))
 
     def finish(self, session: FakeSession, error: NodeError | None) -> None:
         """End a session. Any thread."""
-        self._at(time.monotonic(), lambda: session.end(error))
+        if not self._at(time.monotonic(), lambda: session.end(error)):
+            session.end(error)
 
     def _send(self, session: FakeSession) -> None:
         if session.over:
@@ -337,12 +350,26 @@ class FakeTransport:
             steps.append(Step("end"))
         for step in steps:
             when += step.after
-            self._at(when, lambda step=step: session.take(step))  # type: ignore[misc]
+            self._at(when, lambda step=step: self._guarded(session, session.take, step))  # type: ignore[misc]
 
-    def _at(self, when: float, call: Callable[[], None]) -> None:
+    def _guarded(self, session: FakeSession, call: Callable[..., None], *args: object) -> None:
+        """Carry out what calls the program's code: it must not end the thread that all nodes hang on."""
+        try:
+            call(*args)
+        except Exception as error:
+            log.exception("what the fake node %r was to do raised", session.connection.target.address)
+            failure = LocalResource(f"the script of the fake node raised: {error!r}")
+            failure.__cause__ = error
+            session.end(failure)
+
+    def _at(self, when: float, call: Callable[[], None]) -> bool:
+        """Have a call made in the transport's thread; False: it was left, and has none."""
         with self._changed:
+            if self._stopped:
+                return False
             heapq.heappush(self._due, (when, next(self._count), call))
             self._changed.notify()
+        return True
 
     def _run(self) -> None:
         while True:

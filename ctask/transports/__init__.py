@@ -6,13 +6,21 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ctask.errors import OptionError
+from ctask.options import TRANSPORTS
+
 __all__ = ["close", "end_local", "register", "transport"]
 
+_OWN = ("local", "ssh")
 _registered: dict[str, Any] = {}
 
 
 def transport(name: str) -> Any:
-    """Return the process's transport of that name: `ssh`, `local`, or a registered one. Any thread."""
+    """Return the process's transport of that name: `ssh`, `local`, or a registered one. Any thread.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
     found = _registered.get(name)
     if found is not None:
         return found
@@ -20,17 +28,39 @@ def transport(name: str) -> Any:
         from ctask.transports import local
 
         return local.transport()
-    from ctask.transports import ssh
+    if name == "ssh":
+        from ctask.transports import ssh
 
-    return ssh.transport()
+        return ssh.transport()
+    raise OptionError(f"there is no transport {name!r} (any more); there are: {', '.join(sorted(TRANSPORTS))}")
 
 
 def register(name: str, made: Any) -> None:
-    """Put a transport in place of the one of that name; None takes it away again. For tests of programs."""
+    """Add a transport that the option `transport` can name from now on, or put one in place of `ssh` or `local`.
+
+    What was submitted before keeps the one that it had. Any thread.
+
+    Args:
+        name: printable text.
+        made: see `ctask.transports.base.Transport`; None takes the one of that name away again.
+
+    Raises:
+        OptionError: no such name can be, or `made` lacks a part of a transport.
+    """
+    if not name or not name.isprintable():
+        raise OptionError(f"a transport's name is printable text, not {name!r}")
     if made is None:
         _registered.pop(name, None)
-    else:
-        _registered[name] = made
+        if name not in _OWN:
+            TRANSPORTS.discard(name)
+        return
+    from ctask.transports.base import PARTS
+
+    lacks = [part for part in PARTS if not hasattr(made, part)]
+    if lacks:
+        raise OptionError(f"{made!r} is no transport: it lacks {', '.join(lacks)}: see ctask.transports.base")
+    _registered[name] = made
+    TRANSPORTS.add(name)
 
 
 def end_local(grace: float) -> None:

@@ -17,7 +17,7 @@ from ctask.errors import NodeError
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
 
-__all__ = ["STDERR", "STDOUT", "Connection", "Session", "Sink", "Transport"]
+__all__ = ["PARTS", "STDERR", "STDOUT", "Connection", "Session", "Sink", "Transport"]
 
 
 class Sink(Protocol):
@@ -127,7 +127,9 @@ class Connection(Protocol):
 class Transport(Protocol):
     """A kind of way, one object per process, and the connections that it keeps."""
 
-    #: whether a connection begins with a socket that the watcher dials
+    #: whether a connection begins with a socket that the watcher dials; where it does not, a job starts as soon as
+    #: `take` gives it a place, and all that is about dials (`connect`, `keep`, `reserve`, `unreserve`, `fresh=True`)
+    #: never comes to pass
     dials: bool
 
     def check(self, target: Target) -> None:
@@ -166,10 +168,18 @@ class Transport(Protocol):
         """A dial that was reserved for has ended without a connection. Never waits. Dispatcher."""
 
     def when_room(self, call: Callable[[], None]) -> None:
-        """Call `call` once, from any thread, when `reserve` may succeed again. Never waits. Dispatcher."""
+        """Call `call` once, from any thread, when `take` or `reserve` may succeed again. Never waits. Dispatcher.
+
+        At once only where something has changed since they did not: who calls back otherwise is asked less often.
+        """
 
     def unreachable(self, target: Target, now: float) -> None:
         """Remember that `target` could not be reached. Dispatcher."""
 
     def shunned(self, target: Target, now: float) -> bool:
         """Whether `target` could not be reached lately and has not been since: its jobs start last. Submit."""
+
+
+#: What a transport has, by name. It may have `by_files` besides: True says that its room is bounded by the descriptors
+#: that this process may open, which is then told as the reason.
+PARTS = ("dials", *sorted(name for name in vars(Transport) if not name.startswith("_")))

@@ -36,6 +36,7 @@ class LocalTransport:
     """The way to this machine: one connection, which has room as long as there are descriptors for pipes."""
 
     dials = False
+    by_files = True
 
     def __init__(self) -> None:
         self._connection = LocalConnection()

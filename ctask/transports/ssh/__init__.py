@@ -26,6 +26,7 @@ class SshTransport:
     """The SSH way to nodes; `transport()` gives the process's own."""
 
     dials = True
+    by_files = True
 
     def __init__(self) -> None:
         self.pool = ConnectionPool()
