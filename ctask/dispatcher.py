@@ -7,6 +7,7 @@ What it calls (jobs, connections in the making) is handed to it; it knows none o
 
 When it ends (it was stopped, or by an error that is no `Exception`, or by one of the plan's), `_over` is set *before*
 the queue is emptied for the last time, and who posts looks at it *after* posting: each post is carried out or returned.
+Posts are returned in one thread at a time: `_returning` is only ever tried, and who had it looks again after it.
 """
 
 from __future__ import annotations
@@ -108,8 +109,10 @@ class Dispatcher:
         step: asks the plan and carries out its actions; given the time.
         due: when the plan wants to be asked again though nothing happened.
         clock: monotonic seconds; the one place where a task takes its time.
-        returned: given each post that nobody will carry out; in the thread that ends, later in the one that posts.
-        died: given the error that the thread ends by, where it is one; its last act.
+        returned: given each post that nobody will carry out, one at a time: in the thread that ends, later in one that
+            posts. What it raises is logged.
+        died: given the error that the thread ends by, where it is one, while nothing else is returned.
+        dead: given the same, when what was posted meanwhile has been returned; the thread's last act.
 
     Attributes:
         error: what the thread has ended by; None: it has not, or it was stopped.
@@ -123,6 +126,7 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
         *,
         died: Callable[[BaseException], object] = lambda error: None,
+        dead: Callable[[BaseException], object] = lambda error: None,
         returned: Callable[[Post], object] = lambda post: None,
     ) -> None:
         # SimpleQueue.put is reentrant: posting is safe in signal handlers and in destructors.
@@ -131,11 +135,13 @@ class Dispatcher:
         self._step = step
         self._due = due
         self._died = died
+        self._dead = dead
         self._returned = returned
         self.clock = clock
         self.error: BaseException | None = None
         self._stopped = False
         self._over = False
+        self._returning = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -182,20 +188,25 @@ class Dispatcher:
                 self._turn()
         except BaseException as error:  # noqa: BLE001 (nobody is above: whoever waits has to be told)
             self.error = error
-        self._over = True
         try:
+            # What is posted meanwhile is left in the queue: the thread that posts finds this one at it.
+            with self._returning:
+                self._over = True
+                self._hand_back()
+                if self.error is not None:
+                    self._die(self.error)
             self._return_posts()
         finally:
             if self.error is not None:
-                self._die(self.error)
+                self._dead(self.error)
 
     def _turn(self) -> None:
         post = self._next()
         count = 0
-        while post is not None and not self._stopped:
+        while post is not None:
             self.carry_out(post[0], post[1], *post[2])
             count += 1
-            if count >= BATCH:
+            if count >= BATCH or self._stopped:
                 break
             try:
                 post = self._queue.get_nowait()
@@ -215,12 +226,24 @@ class Dispatcher:
             self._died(error)
 
     def _return_posts(self) -> None:
-        """Hand back what is queued: each post once, whichever threads come by here."""
+        """Hand back what is queued, unless a thread is at it, which then sees what was put in meanwhile."""
+        while not self._queue.empty() and self._returning.acquire(blocking=False):
+            try:
+                self._hand_back()
+            finally:
+                self._returning.release()
+
+    def _hand_back(self) -> None:
         while True:
             try:
-                self._returned(self._queue.get_nowait())
+                post = self._queue.get_nowait()
             except queue.Empty:
                 return
+            try:
+                self._returned(post)
+            except Exception:
+                log.exception("handing back %r failed", post[1])
+            del post
 
     def _next(self) -> Post | None:
         """Wait for a post, at most until something else is due."""

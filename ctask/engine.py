@@ -13,10 +13,10 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from ctask.dispatcher import Dispatcher, Post
 from ctask.ending import Batch, Endings
@@ -26,15 +26,17 @@ from ctask.job import Job
 from ctask.mailbox import Mailbox
 from ctask.making import ConnectionMaking
 from ctask.plan import Dial, Join, Plan, Shake, Start
-from ctask.runtime import Runtime
+from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
 from ctask.transports import transport
 from ctask.transports.base import Connection, Transport
 
-__all__ = ["Engine"]
+__all__ = ["CLOSED", "Engine"]
 
 log = logging.getLogger("ctask.engine")
 
+#: What is said of a task that takes nothing any more.
+CLOSED = "this task is closed: its thread has ended, or the interpreter ends"
 #: Seconds between two looks for what no thread could be had for, at the exit.
 _LOOK_AGAIN = 0.02
 #: Threads that a task's pool may have; they are started on demand, and the plan bounds what it is handed.
@@ -64,12 +66,19 @@ class Engine:
         self._short_of: dict[int, Transport] = {}
         self._pauses: dict[int, float] = {}
         self._told_short = False
+        #: returns the jobs of workers that are only scheduled, and forgets them; set by the Task
+        self.scheduled: Callable[[], Iterable[Sequence[Job]]] = tuple
         self.gate = Gate(queue_limit, self._give, self._later)
         self.mailbox = Mailbox(self.gate)
         self.plan: Plan[Job, ConnectionMaking, Connection]
         self.plan = Plan(fanout, lambda job: ConnectionMaking(self.run, job.way, job.target))
         self.dispatcher = Dispatcher(
-            f"{name}/dispatcher", self._step, self.plan.due, died=self._died, returned=self._returned
+            f"{name}/dispatcher",
+            self._step,
+            self.plan.due,
+            died=self._died,
+            dead=self._dead,
+            returned=self._returned,
         )
         endings = Endings(self._work)
         self.run = Runtime(self.dispatcher, self.plan, self.gate, self.mailbox, self._work, transport, endings)
@@ -77,7 +86,7 @@ class Engine:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have jobs run, in their order."""
-        self.dispatcher.post(_Batch(jobs), self._submitted, jobs)
+        self.dispatcher.post(Jobs(jobs), self._submitted, jobs)
 
     def stop(self, outcome: Outcome, error: NodeError, within: float, at_most: str = "kill") -> None:
         """End every job that was submitted before; each has its outcome after `within` seconds.
@@ -99,8 +108,12 @@ class Engine:
         self.dispatcher.post(None, self._at, seconds, call)
 
     def close(self) -> None:
-        """End the threads once the last job has its outcome; submit nothing any more."""
+        """End the threads once the last job has its outcome; what is submitted from now on is not begun."""
         self.dispatcher.post(None, self._close)
+
+    def fail(self, error: BaseException) -> None:
+        """End the task by an error of its owner's that is no `Exception`: every waiter is told of it. Any thread."""
+        self.dispatcher.post(None, _raise, error)
 
     def closing(self, timeout: float) -> bool:
         """Wait for the dispatcher's end after `close()`; return whether it has ended.
@@ -116,6 +129,9 @@ class Engine:
     # -- dispatcher ----------------------------------------------------------------------------------------------
 
     def _submitted(self, jobs: Sequence[Job]) -> None:
+        if self._closing:  # it was on its way while the task was closed: nothing is begun any more
+            self._refuse(jobs, TaskError(CLOSED))
+            return
         jobs = [job for job in jobs if job.outcome is None]  # the rest was taken back while it was scheduled
         self.run.live.update(jobs)
         for job in jobs:
@@ -218,36 +234,45 @@ class Engine:
     # -- the dispatcher's end by an error ------------------------------------------------------------------------
 
     def _died(self, error: BaseException) -> None:
-        """Give every job its outcome and wake whoever waits. In the dispatcher's thread, its last act."""
+        """Give every job its outcome. In the dispatcher's thread."""
         self.mailbox.silence()
-        try:
-            self.run.endings.flush()
-            for job in list(self.run.live):
-                self._fail(job, error)
-        finally:
-            self.mailbox.fail(error)
-            # Everybody is awake; what is being ended on the nodes has its time, as far as an exit gives it.
-            self._wind_up(wait=True)
+        self.run.endings.flush()
+        self._refuse(list(self.run.live), error)
+        # What is only scheduled would wait for ever: nothing can begin it any more.
+        for jobs in self.scheduled():
+            self._refuse(jobs, error)
+
+    def _dead(self, error: BaseException) -> None:
+        """Wake whoever waits. In the dispatcher's thread, its last act."""
+        self.mailbox.fail(error)
+        # Everybody is awake; what is being ended on the nodes has its time, as far as an exit gives it.
+        self._wind_up(wait=True)
 
     def _returned(self, post: Post) -> None:
-        """A post comes back that nobody carries out any more: the jobs of a late submission end like the others."""
-        subject = post[0]
-        if isinstance(subject, _Batch):
+        """A post comes back that nobody carries out any more: whatever it was about has its end all the same."""
+        subject, call, args = post
+        error = self.dispatcher.error
+        if error is not None:
             self.mailbox.silence()
-            for job in subject.jobs:
-                self._fail(job, self.dispatcher.error or TaskError("this task is closed"))
+        if isinstance(subject, (Job, Jobs)):
+            jobs = subject.jobs if isinstance(subject, Jobs) else (subject,)
+            self._refuse(jobs, error or TaskError(CLOSED))
+        elif isinstance(subject, ConnectionMaking):
+            subject.returned(call, args)
 
-    def _fail(self, job: Job, error: BaseException) -> None:
-        failure = TaskFailed(f"the task itself failed: {error!r}")
-        failure.__cause__ = error
-        try:
+    def _refuse(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """Give these jobs their end, as far as they have none. Where it is called, no other thread touches them."""
+        for job in jobs:
+            failure = TaskFailed(str(error) if isinstance(error, TaskError) else f"the task itself failed: {error!r}")
+            failure.__cause__ = error
             try:
-                job.abandoned(failure)
-            except Exception:
-                log.exception("%r could not be ended in order", job)
-                job.end_anyhow(failure)
-        except BaseException:  # also what a done-callback raises: the other jobs have theirs to come
-            log.critical("%r could not be ended", job, exc_info=True)
+                try:
+                    job.abandoned(failure)
+                except Exception:
+                    log.exception("%r could not be ended in order", job)
+                    job.end_anyhow(failure)
+            except BaseException:  # also what a done-callback raises: the other jobs have theirs to come
+                log.critical("%r could not be ended", job, exc_info=True)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -260,14 +285,19 @@ class Engine:
 
     def _work(self, call: Callable[..., None], *args: Any) -> None:
         """Have a thread of the pool do what may wait."""
+        failure: RuntimeError | None = None
         with self._pool_lock:
             if self._pool is None and not self._over:
                 self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=f"{self._name}/job")
-            if self._pool is not None:
+            if self._pool is None:
+                failure = RuntimeError("the task's threads have ended")
+            else:
                 try:
                     self._pool.submit(_logged, call, args)
                 except RuntimeError as error:
-                    self._unworked(call, error)
+                    failure = error
+        if failure is not None:
+            self._unworked(call, failure)
 
     def _unworked(self, call: Callable[..., None], error: RuntimeError) -> None:
         """No thread can be started, or the interpreter ends: whoever waits for this is told."""
@@ -279,20 +309,13 @@ class Engine:
             self.dispatcher.post(subject, subject.broken, error)
 
 
-class _Batch:
-    """Jobs on their way to the dispatcher: what raises there, before they are its own, ends them all."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-
-    def broken(self, error: Exception) -> None:
-        for job in self.jobs:
-            job.broken(error)
-
-
 def _logged(call: Callable[..., None], args: tuple[Any, ...]) -> None:
     """Carry out a work item; what it raises would be kept in a future that nobody looks at."""
     try:
         call(*args)
     except Exception:
         log.exception("a work item failed: %r", call)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ctask.errors import CommandError, OptionError, UsageError
+from ctask.errors import CommandError, HandlerError, OptionError, TaskTimeout, UsageError
 from ctask.future import Future
 from ctask.nodes import NodeSet, NodesLike
 from ctask.result import NodeResult
@@ -158,11 +158,15 @@ class ClusterExecutor(concurrent.futures.Executor):
         with self._changed:
             first, self._closed = not self._closed, True
         if first:
-            if not self._task.failed:
-                self._task.resume()  # so that its handlers hear the rest
-                self._task.join()
-            self._task.close()
-            self._task.closing(THREADS_WITHIN)
+            try:
+                if not self._task.failed:
+                    self._task.resume()  # so that its handlers hear the rest
+                    self._task.join()
+            except (HandlerError, TaskTimeout):
+                pass  # logged where it happened; the executor is shut down all the same
+            finally:
+                self._task.close()
+                self._task.closing(THREADS_WITHIN)
 
     def _start(self, command: CommandLike, nodes: NodesLike, options: dict[str, Any]) -> Worker:
         """Let one submission through; what it has started is known before a shutdown goes on."""

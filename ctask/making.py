@@ -10,7 +10,8 @@ import socket
 import time
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ctask.errors import ConnectError, LocalResource, NodeError
 from ctask.options import Target
@@ -64,6 +65,17 @@ class ConnectionMaking(Making["Job"]):
         for job in self.jobs:
             job.clock.run(now)
         self._run.work(self._connect, sock)
+
+    def returned(self, call: Callable[..., object], args: tuple[Any, ...]) -> None:
+        """A post of its own comes back from a dispatcher that has ended: leave nothing of what it brought.
+
+        In the thread that the engine returns posts in; its jobs have their end from the engine.
+        """
+        if call == self._made:
+            self._reserved, self._sock = False, None
+            self._transport.keep(args[0])
+        elif call in (self._failed, self._hung_up):
+            self._unreserve()
 
     def cancel(self) -> None:
         """Nobody waits any more: break it off. The plan has let go of it."""

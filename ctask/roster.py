@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ctask.worker import Worker
 
-__all__ = ["Roster"]
+__all__ = ["Roster", "all_closed"]
 
 
 class Roster:
@@ -89,15 +89,7 @@ class Roster:
 
     def all_closed(self) -> Callable[[], bool]:
         """Return a test for the end of the run, which also sees what joins it on the way."""
-        held, at = self._held, 0
-
-        def done() -> bool:
-            nonlocal at
-            while at < len(held) and held[at].closed:
-                at += 1
-            return at == len(held)
-
-        return done
+        return all_closed(self._held)
 
     def _prune(self) -> None:
         """Let go of what has ended, and of what the program has: in front at once, else when either has doubled."""
@@ -116,3 +108,16 @@ class Roster:
                 return
             if not worker.closed:
                 self._started.append(worker)
+
+
+def all_closed(workers: list[Worker]) -> Callable[[], bool]:
+    """Return a test for the end of these workers, and of those that are added to the list meanwhile."""
+    at = 0
+
+    def done() -> bool:
+        nonlocal at
+        while at < len(workers) and workers[at].closed:
+            at += 1
+        return at == len(workers)
+
+    return done

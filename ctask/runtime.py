@@ -6,7 +6,7 @@ Made by the Task, read by its jobs in the dispatcher; nothing here changes after
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ctask.making import ConnectionMaking
     from ctask.result import NodeResult
 
-__all__ = ["Runtime", "Submission"]
+__all__ = ["Jobs", "Runtime", "Submission"]
 
 
 class Submission(Protocol):
@@ -46,6 +46,20 @@ class Submission(Protocol):
 
     def ended(self, job: Job, result: NodeResult) -> None:
         """The job has its outcome, and its events are in the mailbox. Dispatcher."""
+
+
+class Jobs:
+    """What a post about several jobs is for: what raises while it is carried out ends them, and so does its return."""
+
+    __slots__ = ("jobs",)
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+
+    def broken(self, error: Exception) -> None:
+        """Carrying it out raised. Dispatcher."""
+        for job in self.jobs:
+            job.broken(error)
 
 
 @dataclass(slots=True, eq=False)

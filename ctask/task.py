@@ -19,7 +19,7 @@ from typing import Any, overload
 from ctask import gather
 from ctask.buffers import MemoryBudget
 from ctask.ending import ABORT_WITHIN, DEADLINE_WITHIN
-from ctask.engine import Engine
+from ctask.engine import CLOSED, Engine
 from ctask.errors import (
     Aborted,
     AlreadyRunningError,
@@ -31,10 +31,11 @@ from ctask.errors import (
     TaskTimeout,
     WrongThread,
 )
+from ctask.job import Job
 from ctask.nodes import NodesLike
 from ctask.options import Options, seconds
 from ctask.ownthread import OwnThread
-from ctask.roster import Roster
+from ctask.roster import Roster, all_closed
 from ctask.states import Outcome
 from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, node_set, read_once
 from ctask.transports import transport
@@ -95,10 +96,14 @@ class Task(gather.Gathered):
         self._mailbox = self._engine.mailbox
         self._submitter = Submitter(self, self._engine.run, self._options, self._budget)
         self._roster = Roster()
+        self._engine.scheduled = partial(_scheduled, weakref.ref(self._roster))
         self._closed = False
+        # It is the parent's, and this process was forked.
+        self._foreign = False
         self._own: OwnThread[Worker] | None = None
         if _thread is None:
-            self._own = OwnThread(self._name, self, self._mailbox, partial(setattr, _local, "task", weakref.ref(self)))
+            begin = partial(setattr, _local, "task", weakref.ref(self))
+            self._own = OwnThread(self._name, self, self._mailbox, begin, self._engine.fail)
             _thread = self._own.thread
         self.thread = _thread
         _tasks.add(self)
@@ -180,6 +185,8 @@ class Task(gather.Gathered):
             self._start(worker)
         else:
             self._roster.schedule(worker)
+            if self._closed or self._engine.dispatcher.error is not None:  # meanwhile: nobody would take it from there
+                self._start_scheduled()
         return worker
 
     def submit(
@@ -256,7 +263,7 @@ class Task(gather.Gathered):
     ) -> Worker:
         self._mailbox.check()
         if self._closed:
-            raise TaskError("this task is closed: its thread has ended, or the interpreter ends")
+            raise TaskError(CLOSED)
         return self._submitter.make(
             command,
             nodes=nodes,
@@ -272,6 +279,14 @@ class Task(gather.Gathered):
         if worker.jobs:
             self._roster.started(worker)
             self._engine.submit(worker.jobs)
+
+    def _start_scheduled(self) -> None:
+        self.refuse(self._roster.take_scheduled())
+
+    def refuse(self, scheduled: list[Worker]) -> None:
+        """Begin what no run will begin: a task that has failed, or was closed, gives it its end. Any thread."""
+        for worker in scheduled:
+            self._start(worker)
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -300,10 +315,12 @@ class Task(gather.Gathered):
     def join(self, deadline: float | None = None) -> bool:
         """Wait until all that was started has ended; its workers are a run as well.
 
-        Returns False when `deadline` seconds have passed before: nothing is ended then.
+        Returns False when `deadline` seconds have passed before: nothing is ended then. Of a task with a thread of its
+        own it raises what its runs have raised since the last `join()`, when all of them are over.
 
         Raises:
             TaskError: the task itself has failed.
+            TaskTimeout: the deadline of a run that was asked for has passed.
             HandlerError: handlers raised.
         """
         until = None if (limit := seconds("deadline", deadline)) is None else time.monotonic() + limit
@@ -315,16 +332,20 @@ class Task(gather.Gathered):
                 self._roster.end()
             self._mailbox.raise_errors()
             return done
-        waiting = [future for worker in self._roster.unfinished() for future in worker.futures.values()]
+        workers = self._roster.unfinished()
+        waiting = [future for worker in workers for future in worker.futures.values()]
         waited = self.wait_for(lambda: all(future.done() for future in waiting), until)
         if waited is not None:
             return waited
         left = None if until is None else max(0.0, until - time.monotonic())
-        if self._own is not None and not self._own.wait(left):
+        if self._own is not None and not self._own.wait(all_closed(workers), left):
             return False
         left = None if until is None else max(0.0, until - time.monotonic())
         done = not concurrent.futures.wait(waiting, left).not_done
         self._mailbox.check()
+        error = self._own.take_error() if self._own is not None else None
+        if error is not None:
+            raise error
         return done
 
     def abort(self) -> None:
@@ -336,8 +357,7 @@ class Task(gather.Gathered):
         self._abort(ABORT_WITHIN)
 
     def _abort(self, within: float) -> None:
-        for worker in self._roster.take_scheduled():
-            self._start(worker)
+        self._start_scheduled()
         self._engine.stop(Outcome.ABORTED, Aborted(), within)
 
     def _may_run(self, what: str) -> None:
@@ -387,6 +407,8 @@ class Task(gather.Gathered):
         if threading.get_ident() == self._engine.dispatcher.ident:
             raise WrongThread("this would wait in a done-callback, which runs in the dispatcher")
         if threading.current_thread() is not self.thread:
+            if self._foreign and not done():
+                self._mailbox.check()  # nothing would ever come
             return None
         if not begun and not done():
             raise TaskError("this is scheduled and does not run yet, so its end would never come: call resume()")
@@ -447,7 +469,7 @@ class Task(gather.Gathered):
 
     def disown(self, error: BaseException) -> None:
         """Refuse everything from now on: none of its threads lives in this process."""
-        self._closed = True
+        self._closed = self._foreign = True
         self._mailbox.silence()
         self._mailbox.fail(error)
 
@@ -471,9 +493,15 @@ class Task(gather.Gathered):
 
 def _dropped(engine: Engine, own: OwnThread[Worker] | None) -> None:
     """End a task's threads. Any thread, the garbage collector too: it only posts."""
+    engine.close()  # first: what its thread has not begun by then is refused
     if own is not None:
         own.close()
-    engine.close()
+
+
+def _scheduled(roster: weakref.ref[Roster]) -> list[Sequence[Job]]:
+    """Take the jobs of what is only scheduled. The engine asks, which must not hold the task."""
+    found = roster()
+    return [worker.jobs for worker in found.take_scheduled()] if found is not None else []
 
 
 def all_tasks() -> list[Task]:

@@ -26,7 +26,7 @@ from ctask.job import Job
 from ctask.nodes import NodeSet
 from ctask.options import seconds
 from ctask.result import Group, NodeResult
-from ctask.runtime import Runtime
+from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
 
 __all__ = ["Owner", "Worker"]
@@ -357,13 +357,13 @@ class Worker(gather.Gathered):
         for job in jobs:
             self.futures[job.node].take_back()
         # One post: between several, what waits would begin in the slots of what was ended.
-        self._run.post(None, _abort_each, jobs, at_most)
+        self._run.post(Jobs(jobs), _abort_each, jobs, at_most)
 
     def withdraw(self) -> None:
         """End the jobs that have not begun; what is on its way to a node, or runs there, goes on. Never waits."""
         for future in self:
             future.take_back()
-        self._run.post(None, self._withdraw)
+        self._run.post(Jobs(self._jobs), self._withdraw)
 
     def _withdraw(self) -> None:
         futures = self.futures

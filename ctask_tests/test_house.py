@@ -33,6 +33,7 @@ MAX_FUNCTION_LINES = 60
 LIMITS = {
     "ctask/transports/ssh/transport.py": 610,
     "ctask/job.py": 520,
+    "ctask/task.py": 560,
 }
 
 #: The public face, `ctask/__init__.py`.

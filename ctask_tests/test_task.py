@@ -101,7 +101,9 @@ def test_a_task_of_its_own_is_that_thread_s_task(fake: FakeTransport) -> None:
 
 def test_join_of_another_thread_s_task_is_over_in_time(fake: FakeTransport) -> None:
     own = Task()
-    own.run("x", nodes="hang")
+    worker = own.run("x", nodes="hang")
+    assert worker is not None
+    wait_until(lambda: worker.jobs[0].phase == "running")
     assert not own.join(deadline=0.1)
     own.abort()
     assert own.join(deadline=5)
