@@ -6,6 +6,7 @@ Runs in the thread of pytest, which owns the task.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from ctask import (
     task_self,
     transports,
 )
-from ctask.options import Command
+from ctask.options import DEFAULT_IDENTITIES, DEFAULT_KNOWN_HOSTS, Command, Target
 from ctask.testing import FakeTransport, Step
 from ctask.testing.fake import FakeConnection
 from ctask_tests.fake_nodes import HANGS, nodes, says
@@ -347,6 +348,46 @@ def test_a_job_keeps_the_transport_that_it_was_submitted_to(task: Task, own: Fak
     worker.abort()
     assert worker.wait(SOON)
     assert next(iter(own._connections.values())).places == 0
+
+
+#: For each field of a target a value of an option that sets it, and another.
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "transport": ({"transport": "own"}, {"transport": "ssh"}),
+    "port": ({"port": 22}, {"port": 23}),
+    "user": ({"user": "a"}, {"user": "b"}),
+    "identities": ({"identity": "/a"}, {"identity": "/b"}),
+    "named_identities": ({}, {"identity": DEFAULT_IDENTITIES}),
+    "known_hosts": ({"known_hosts": "/a"}, {"known_hosts": "/b"}),
+    "named_known_hosts": ({}, {"known_hosts": DEFAULT_KNOWN_HOSTS}),
+    "host_key_policy": ({"host_key_policy": "verify"}, {"host_key_policy": "accept-new"}),
+    "keep": ({"keep": 1}, {"keep": 2}),
+    "alive_interval": ({"alive_interval": 1}, {"alive_interval": None}),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Target) if field.name != "address"])
+def test_targets_that_differ_in_anything_but_their_address_are_checked_each(
+    task: Task, own: FakeTransport, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    checked: list[Target] = []
+    one, other = FIELDS[field]
+    task.node_options("n[1,3]", **one)
+    task.node_options("n[2,4]", **other)
+    with FakeTransport(nodes()) as fake:
+        for way in (fake, own):
+            monkeypatch.setattr(way, "check", checked.append)
+        task.shell("x", nodes="n[1-4]")
+    assert [target.address for target in checked] == ["n1", "n2"]
+    assert getattr(checked[0], field) != getattr(checked[1], field)
+
+
+def test_a_named_key_that_does_not_exist_is_refused_beside_a_node_that_names_none(task: Task) -> None:
+    task.node_options("n2", identity=DEFAULT_IDENTITIES)
+    with pytest.raises(OptionError, match="id_rsa does not exist"):
+        task.submit("x", nodes="n[1-2]")
+    task.node_options("n4", known_hosts=[*DEFAULT_KNOWN_HOSTS[:-1], "/nowhere"])
+    with pytest.raises(OptionError, match="/nowhere"):
+        task.submit("x", nodes="n[3-4]")
 
 
 @pytest.mark.parametrize("made", [object(), 1, "ssh", threading], ids=["object", "int", "str", "module"])

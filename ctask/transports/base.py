@@ -133,7 +133,10 @@ class Transport(Protocol):
     dials: bool
 
     def check(self, target: Target) -> None:
-        """Raise `OptionError` in the caller where the target can never work (an unreadable key file). Submit."""
+        """Raise `OptionError` in the caller where the target can never work (an unreadable key file). Submit.
+
+        Called once for all targets of a call that differ in nothing but their address.
+        """
 
     def take(self, target: Target) -> Connection | None:
         """Take a place on a kept connection to `target`; None where none has room. Never waits. Dispatcher."""
