@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ctask import closing as _closing  # registers the end of the interpreter
+from ctask import logs as _logs  # noqa: F401 (guards the loggers of all rooms)
 from ctask.buffers import Output
 from ctask.errors import (
     Aborted,

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from ctask.dispatcher import Dispatcher, Post
 from ctask.ending import Batch, Endings
 from ctask.errors import NodeError, TaskError, TaskFailed
+from ctask.errors.text import told
 from ctask.gate import Gate
 from ctask.job import Job
 from ctask.mailbox import Mailbox
@@ -263,7 +264,8 @@ class Engine:
     def _refuse(self, jobs: Sequence[Job], error: BaseException) -> None:
         """Give these jobs their end, as far as they have none. Where it is called, no other thread touches them."""
         for job in jobs:
-            failure = TaskFailed(str(error) if isinstance(error, TaskError) else f"the task itself failed: {error!r}")
+            text = str(error) if isinstance(error, TaskError) else f"the task itself failed: {told(error)}"
+            failure = TaskFailed(text)
             failure.__cause__ = error
             try:
                 try:

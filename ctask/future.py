@@ -7,6 +7,7 @@ Where the owner waits on it, the owner's handlers run meanwhile.
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from ctask.errors.text import printable
 from ctask.result import NodeResult
 
 __all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]
+
+log = logging.getLogger("ctask.future")
 
 #: When a wait is over, in the words of `concurrent.futures`.
 _WHEN = (concurrent.futures.FIRST_COMPLETED, concurrent.futures.FIRST_EXCEPTION, concurrent.futures.ALL_COMPLETED)
@@ -95,6 +98,19 @@ class Future(concurrent.futures.Future[NodeResult]):
         self.take_back()
         self._ask_cancel()
         return True
+
+    def add_done_callback(self, fn: Callable[[Self], object]) -> None:
+        """Have `fn(future)` called when it is done: in the dispatcher, or at once. What it raises is logged."""
+
+        def call(future: Any) -> None:
+            # The standard library logs what `fn` raises by a logger of its own: where a handler of that raises, the
+            # callbacks behind it, among them those that wake coroutines, would never be called.
+            try:
+                fn(future)
+            except Exception:
+                log.exception("exception calling callback of the future of %s", future.node)
+
+        super().add_done_callback(call)
 
     def take_back(self) -> None:
         """Note that its end was asked for: it comes, also to a job that is only scheduled."""

@@ -16,6 +16,7 @@ from ctask.buffers import Capture
 from ctask.dispatcher import Deadline
 from ctask.ending import ABORT_WITHIN, DEADLINE_WITHIN, SILENT_WITHIN, TIMEOUT_WITHIN, end_alone
 from ctask.errors import Curable, NodeError
+from ctask.errors.text import told
 from ctask.feed import Feed, Feeder
 from ctask.intake import Intake
 from ctask.options import Command, JobOptions, Target
@@ -395,13 +396,16 @@ class Job:
     def broken(self, error: Exception) -> None:
         """Something in ctask raised while it dealt with this job."""
         if self.outcome is None:
-            if self._session is not None and not self._session.drop():
-                self.run.work(self._session.close)
-            failure = errors.LocalResource(f"ctask failed: {error!r}", curable=Curable.NEVER)
+            try:
+                if self._session is not None and not self._session.drop():
+                    self.run.work(self._session.close)
+            except Exception:  # of a transport of the program's: the job has its end all the same
+                log.exception("%r: its session could not be dropped", self)
+            failure = errors.LocalResource(f"ctask failed: {told(error)}", curable=Curable.NEVER)
             failure.__cause__ = error
             self._fail(failure)
         elif self in self.run.live:
-            self.end_anyhow(errors.LocalResource(f"ctask failed: {error!r}"))
+            self.end_anyhow(errors.LocalResource(f"ctask failed: {told(error)}"))
 
     def abandoned(self, error: NodeError) -> None:
         """The dispatcher ends under the job: the outcome now; what runs is ended by the pool, as far as that goes."""
@@ -410,9 +414,12 @@ class Job:
                 self.end_anyhow(error)
             return
         connection, session = self._connection, self._session
-        if connection is not None and session is not None and self._stopped is None and not session.drop():
-            self._connection = None  # its place is given back once the session was told to end
-            self.run.work(end_alone, self.way, connection, session, self.limits.stop)
+        try:
+            if connection is not None and session is not None and self._stopped is None and not session.drop():
+                self._connection = None  # its place is given back once the session was told to end
+                self.run.work(end_alone, self.way, connection, session, self.limits.stop)
+        except Exception:
+            log.exception("%r: its session could not be told to end", self)
         self._fail(error)
 
     def _fail(self, error: NodeError) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from ctask.buffers import Output
 from ctask.delivery import Delivery, Subject
 from ctask.errors import HandlerError, NodeError, TaskError
+from ctask.errors.text import told
 from ctask.gate import Gate
 from ctask.result import NodeResult
 
@@ -76,6 +77,14 @@ class Mailbox:
         except RuntimeError:  # it has been told already
             pass
 
+    def wake(self) -> None:
+        """Call `notify`, whatever was put there: who posts must not have what it raises. Any thread."""
+        try:
+            self.notify()
+        except Exception:
+            log.exception("the owner of a task could not be woken by %r", self.notify)
+            self.ring()
+
     def hush(self) -> None:
         """Deliver no line any more of what was submitted until now. Any thread, and signal handlers."""
         # Two at once may count as one, which is all that is needed.
@@ -126,12 +135,13 @@ class Mailbox:
     def fail(self, error: BaseException) -> None:
         """Wake the owner, who is told that the task has failed, unless what it waits for has come."""
         self.failure = error
-        self.notify()
+        self.wake()
 
     def check(self) -> None:
         """Raise `TaskError` where the task has failed. Any thread."""
         if self.failure is not None:
-            raise TaskError(f"this task has failed; task_self() makes a new one: {self.failure!r}") from self.failure
+            text = f"this task has failed; task_self() makes a new one: {told(self.failure)}"
+            raise TaskError(text) from self.failure
 
     def raise_errors(self) -> None:
         """Raise what a run has to raise at its end. Owner."""
@@ -148,7 +158,7 @@ class Mailbox:
     def _put(self, entry: Callable[[Callable[[], bool], float | None], None]) -> None:
         if not self.over:
             self._entries.append(entry)
-            self.notify()
+            self.wake()
 
     # -- the owner's -----------------------------------------------------------------------------------------
 
@@ -367,8 +377,14 @@ def _code(callback: object) -> object:
     """Return what all functions share that are made by the same lines of a program."""
     while isinstance(callback, partial):
         callback = callback.func
-    return getattr(callback, "__code__", None) or type(callback)
+    try:
+        return getattr(callback, "__code__", None) or type(callback)
+    except Exception:  # noqa: BLE001 (an object of the program's may do anything when it is looked at)
+        return type(callback)
 
 
 def _name(callback: object) -> str:
-    return getattr(callback, "__qualname__", None) or repr(callback)
+    try:
+        return str(getattr(callback, "__qualname__", None) or repr(callback))
+    except Exception:  # noqa: BLE001 (as in _code)
+        return type(callback).__qualname__

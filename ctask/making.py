@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ctask.errors import ConnectError, LocalResource, NodeError
+from ctask.errors.text import told
 from ctask.options import Target
 from ctask.plan import Making, Stage
 from ctask.runtime import Runtime
@@ -99,7 +100,7 @@ class ConnectionMaking(Making["Job"]):
             self._break(self._sock)
             if not self._begun:
                 self._sock.close()  # no thread has come to it, or ever will
-        self._failed(LocalResource(f"ctask failed: {error!r}", phase=self.where))
+        self._failed(LocalResource(f"ctask failed: {told(error)}", phase=self.where))
 
     # -- the watcher's listener: called in the watcher's thread --------------------------------------------------
 
@@ -129,7 +130,7 @@ class ConnectionMaking(Making["Job"]):
             _let_go(error)
             self._run.post(self, self._failed, error)
         except Exception as error:  # noqa: BLE001 (whose ever it is, it must not leave the jobs waiting)
-            failure = ConnectError(f"the handshake failed: {error!r}", phase=self.where)
+            failure = ConnectError(f"the handshake failed: {told(error)}", phase=self.where)
             failure.__cause__ = error
             self._run.post(self, self._failed, failure)
         else:

@@ -83,7 +83,7 @@ class OwnThread(Generic[W]):
         with self._idle:
             self._unfinished += 1
         self._asked.append((limit, scheduled))
-        self._mailbox.notify()
+        self._mailbox.wake()
         if self._ended:  # looked at *after* asking: this thread or that one finds what was asked for
             self._refuse_asked()
 
@@ -96,7 +96,7 @@ class OwnThread(Generic[W]):
         """
         join = _Join(done)
         self._joins.append(join)
-        self._mailbox.notify()
+        self._mailbox.wake()
         try:
             with self._idle:
                 return self._idle.wait_for(lambda: self._ended or (not self._unfinished and join.over), timeout)
@@ -123,7 +123,7 @@ class OwnThread(Generic[W]):
     def close(self) -> None:
         """End the thread. Any thread, signal handlers and the garbage collector; never waits."""
         self._over = True
-        self._mailbox.notify()
+        self._mailbox.wake()
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

@@ -421,7 +421,7 @@ class Task(gather.Gathered):
             return
         for worker in scheduled:
             self._start(worker)
-        self._mailbox.notify()
+        self._mailbox.wake()
 
     def _sources(self) -> Sequence[gather.Source]:
         return self._roster.view()

@@ -95,6 +95,7 @@ class Worker(gather.Gathered):
         self.last_rc: int | None = None
         self._run = run
         self._jobs: list[Job] = []
+        self._future_of: dict[Job, Future] = {}
         # In the order of their ends; the dispatcher appends.
         self._ended: list[NodeResult] = []
         self._started = False
@@ -112,7 +113,9 @@ class Worker(gather.Gathered):
         self._jobs = list(jobs)
         self.nodes = nodes
         for job in self._jobs:
-            self.futures[job.node] = Future(self.task, job.node, self._canceller(job), self.admission)
+            future = Future(self.task, job.node, self._canceller(job), self.admission)
+            # By the job as well: what a program's keys do when they are compared is not for the dispatcher to bear.
+            self._future_of[job] = self.futures[job.node] = future
         if not self._jobs:
             self._closed = True
 
@@ -148,7 +151,7 @@ class Worker(gather.Gathered):
         """A job is taken up."""
         self.starts()
         self._run.mailbox.picked_up(self, job.node)
-        self.futures[job.node].set_running_or_notify_cancel()
+        self._future_of[job].set_running_or_notify_cancel()
 
     def ended(self, job: Job, result: NodeResult) -> None:
         """A job has its outcome."""
@@ -157,7 +160,7 @@ class Worker(gather.Gathered):
             if last:
                 self._last_ended()
         finally:
-            self._resolve(self.futures[job.node], result, last=last)
+            self._resolve(self._future_of[job], result, last=last)
 
     def _last_ended(self) -> None:
         self.store.close()
@@ -181,7 +184,7 @@ class Worker(gather.Gathered):
             for told in tuple(future.told):
                 told(future)
             if last or future.watched or self._watched:
-                self._run.mailbox.notify()
+                self._run.mailbox.wake()
             for tell in tuple(self._told):
                 tell()
 
@@ -355,7 +358,7 @@ class Worker(gather.Gathered):
 
     def _end(self, jobs: Sequence[Job], at_most: str) -> None:
         for job in jobs:
-            self.futures[job.node].take_back()
+            self._future_of[job].take_back()
         # One post: between several, what waits would begin in the slots of what was ended.
         self._run.post(Jobs(jobs), _abort_each, jobs, at_most)
 
@@ -366,8 +369,7 @@ class Worker(gather.Gathered):
         self._run.post(Jobs(self._jobs), self._withdraw)
 
     def _withdraw(self) -> None:
-        futures = self.futures
-        waiting = [job for job in self._jobs if not (futures[job.node].running() or futures[job.node].done())]
+        waiting = [job for job, future in self._future_of.items() if not (future.running() or future.done())]
         _abort_each(waiting, "kill")
 
     def write(self, data: bytes | str, nodes: Any = None) -> None:

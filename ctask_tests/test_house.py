@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ctask import logs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -42,6 +44,7 @@ FACE = "ctask"
 #: Room → floor. A room is a module or a folder right under ctask/; each transport is a room of its own.
 FLOORS = {
     "errors": 0,
+    "logs": 0,
     "nodes": 0,
     "options": 1,
     "events": 1,
@@ -308,6 +311,18 @@ def test_files_and_functions_are_short(path: Path) -> None:
     ]
     assert long == []
     assert len(source.splitlines()) <= LIMITS.get(str(path.relative_to(ROOT)), MAX_FILE_LINES)
+
+
+def test_every_logger_is_guarded() -> None:
+    """What a program's log handler raises must not break what is being done in our threads."""
+    named = {
+        node.args[0].value if isinstance(node.args[0], ast.Constant) else ast.unparse(node)
+        for path in source_files()
+        if path.name != "logs.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("getLogger")
+    }
+    assert named == set(logs.NAMES), "ctask/logs.py names every logger of the package"
 
 
 def test_every_source_file_names_its_license() -> None:

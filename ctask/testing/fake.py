@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 
 from ctask import transports
 from ctask.errors import Aborted, ConnectError, LocalResource, NodeError
+from ctask.errors.text import told
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
 from ctask.states import Outcome
@@ -358,7 +359,7 @@ class FakeTransport:
             call(*args)
         except Exception as error:
             log.exception("what the fake node %r was to do raised", session.connection.target.address)
-            failure = LocalResource(f"the script of the fake node raised: {error!r}")
+            failure = LocalResource(f"the script of the fake node raised: {told(error)}")
             failure.__cause__ = error
             session.end(failure)
 
