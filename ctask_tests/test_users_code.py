@@ -195,7 +195,8 @@ def test_a_done_callback_that_raises_keeps_no_other_from_being_called(caplog: py
             async def wait() -> Any:
                 wrapped = asyncio.wrap_future(future)
                 asyncio.get_running_loop().call_later(0.05, fake.sessions[0].end, None)
-                return await asyncio.wait_for(asyncio.wait([wrapped]), SOON)
+                await asyncio.wait_for(asyncio.wait([wrapped]), SOON)
+                return wrapped.exception()
 
             wait_until(lambda: fake.sessions and fake.sessions[0].sent)
             asyncio.run(wait())
