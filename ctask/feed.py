@@ -36,15 +36,20 @@ class Feed:
 
     Args:
         again: keep what was moved, since the command may be started again.
+
+    Attributes:
+        written: `Worker.write()` was called; read and set under the worker's `Admission.lock`.
     """
 
-    __slots__ = ("_all", "_file", "_pieces", "_rest")
+    __slots__ = ("_all", "_closed", "_file", "_pieces", "_rest", "written")
 
     def __init__(self, *, again: bool = False) -> None:
         self._all: list[bytes | Path | None] | None = [] if again else None
         self._pieces: deque[bytes | Path | None] = deque()
         self._rest: memoryview | None = None
         self._file: BinaryIO | None = None
+        self._closed = False
+        self.written = False
 
     def put(self, piece: bytes | Path) -> None:
         """Add a piece. Dispatcher, or before the job is submitted."""
@@ -55,6 +60,9 @@ class Feed:
         self._add(None)
 
     def _add(self, piece: bytes | Path | None) -> None:
+        if self._closed:  # after the end it is harmless
+            return
+        self._closed = piece is None
         self._pieces.append(piece)
         if self._all is not None:
             self._all.append(piece)

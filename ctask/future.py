@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,12 +42,17 @@ class Waiting(Protocol):
 
 
 class Admission:
-    """Whether the jobs of a worker are on their way, or only scheduled. Written by who submits them."""
+    """Whether the jobs of a worker are on their way, or only scheduled.
 
-    __slots__ = ("given",)
+    Written by the thread that submits them, under `lock`, which also guards what standard input is opened until then.
+    The lock is reentrant: a signal handler may abort, which submits what is scheduled.
+    """
+
+    __slots__ = ("given", "lock")
 
     def __init__(self) -> None:
         self.given = False
+        self.lock = threading.RLock()
 
 
 class Future(concurrent.futures.Future[NodeResult]):

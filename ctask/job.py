@@ -6,6 +6,7 @@ All methods run in the dispatcher, but for those that say otherwise. There is no
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,10 @@ class Job:
         self._tries = TriesSoFar(node, limits.retry, work.ok_codes)
         self._overdue: Deadline | None = None
         self._intake = Intake(run, work, node)
-        self._feeder = Feeder(run, self, feed, self._unfed) if feed is not None else None
+        self.feed: Feed | None = None
+        self._feeder: Feeder | None = None
+        if feed is not None:
+            self.open_stdin(feed)
         self.clock = ConnectClock(self, run.dispatcher, limits.connect_timeout)
         self._begin_try(now)
 
@@ -285,6 +289,13 @@ class Job:
         self.stop(Outcome.TIMEOUT, error, self.limits.stop.grace + TIMEOUT_WITHIN, mute=False)
 
     # -- standard input --------------------------------------------------------------------------------------
+
+    def open_stdin(self, feed: Feed) -> None:
+        """Give the command what feeds its standard input. Before the job is submitted, in the thread that does it."""
+        if not self.command.stdin:
+            self.command = dataclasses.replace(self.command, stdin=True)
+        self.feed = feed
+        self._feeder = Feeder(self.run, self, feed, self._unfed)
 
     def write(self, data: bytes | None) -> None:
         """Add to standard input; None: the end of it."""

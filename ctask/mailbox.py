@@ -155,6 +155,10 @@ class Mailbox:
         raised, self.errors = self.errors, []
         return HandlerError("handlers raised; the run went on to its end", raised) if raised else None
 
+    def after(self, call: Callable[[], None]) -> None:
+        """Have a call made when the handler that runs now has returned. Owner."""
+        self._entries.appendleft(lambda done, until: call())
+
     def _put(self, entry: Callable[[Callable[[], bool], float | None], None]) -> None:
         if not self.over:
             self._entries.append(entry)

@@ -47,13 +47,17 @@ class Roster:
             taken.append(self._scheduled.popleft())
         return taken
 
-    def started(self, worker: Worker) -> None:
-        """Add a worker whose jobs begin now; during a run it is a part of it."""
+    def started(self, worker: Worker, *, may_write: bool = False) -> None:
+        """Add a worker whose jobs begin now; during a run it is a part of it.
+
+        Args:
+            may_write: as `Worker.admit` has it.
+        """
         with self._lock:
             if self._view_over and not self.running:
                 self._view, self._held, self._view_over = [], [], False
             self._prune()
-            worker.admission.given = True
+            worker.admit(may_write=may_write)
             self._started.append(worker)
             self._view.append(weakref.ref(worker))
             if self.running:
@@ -68,7 +72,7 @@ class Roster:
             self._view_over = False
             self.running = True
             for worker in workers:
-                worker.admission.given = True
+                worker.admit()
             self._started.extend(workers)
         return workers
 

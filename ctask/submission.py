@@ -37,7 +37,7 @@ MOST_NODES = 100_000
 #: a check goes by can be forgotten.
 _SORT = operator.attrgetter(*(field.name for field in dataclasses.fields(Target) if field.name != "address"))
 
-#: `nodes` was not given at all: a local command. None is an error.
+#: `nodes` was not given at all: a local command. `stdin` was not: see `Worker.admit`. None is an error for both.
 GIVEN_NOT: Any = type("NotGiven", (), {"__repr__": lambda self: "not given"})()
 
 _PLACEHOLDER = re.compile(r"%(?:%|\{(\w*)\}|(host|rank|h|n)(?![A-Za-z])|(.?))", re.DOTALL)
@@ -93,13 +93,14 @@ class Submitter:
             ok_codes=call.get("ok_codes"),
             handlers=handlers,
             store=BufferStore(self._budget, gather=call.get("gather")),
+            may_open=stdin is GIVEN_NOT,
         )
         if remote:
             worker.assign(self._remote_jobs(worker, command, names, call, stdin), names)
         else:
             node = worker if key is None else key
             target, limits = call.local()
-            line = command_of(command, remote=False, stdin=stdin is not False, pty=call.get("pty"))
+            line = command_of(command, remote=False, stdin=_kept_open(stdin), pty=call.get("pty"))
             now = self._run.dispatcher.clock()
             worker.assign([self._job(worker, node, target, line, limits, now, stdin)], [node])
         return worker
@@ -114,7 +115,7 @@ class Submitter:
 
     def _remote_jobs(self, worker: Worker, command: Any, names: NodeSet, call: Call, stdin: Stdin) -> list[Job]:
         now = self._run.dispatcher.clock()
-        keep_open = stdin is not False
+        keep_open = _kept_open(stdin)
         pty = call.get("pty")
         line = command_of(command, remote=True, stdin=keep_open, pty=pty)
         lines: Callable[[int, str], Command] | None = None
@@ -204,7 +205,7 @@ def _feed(stdin: Stdin, node: Any, *, again: bool) -> Feed | None:
     """Return what feeds one job's standard input; None where it is closed from the start."""
     if callable(stdin):
         stdin = stdin(node)
-    if stdin is False or stdin is None:
+    if stdin is False or stdin is None or stdin is GIVEN_NOT:
         return None
     feed = Feed(again=again)
     if stdin is True:
@@ -220,6 +221,11 @@ def _feed(stdin: Stdin, node: Any, *, again: bool) -> Feed | None:
         raise OptionError(f"stdin is True, False, bytes, a path, a file or a function of the node, not {stdin!r}")
     feed.end()
     return feed
+
+
+def _kept_open(stdin: Stdin) -> bool:
+    """Return whether a command has a standard input from the start; one that is not given may be opened later."""
+    return stdin is not False and stdin is not GIVEN_NOT
 
 
 def read_once(stdin: Stdin) -> Stdin:

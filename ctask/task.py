@@ -100,6 +100,7 @@ class Task(gather.Gathered):
         self._closed = False
         # It is the parent's, and this process was forked.
         self._foreign = False
+        self._unsettled: list[Worker] = []
         self._own: OwnThread[Worker] | None = None
         if _thread is None:
             begin = partial(setattr, _local, "task", weakref.ref(self))
@@ -159,7 +160,7 @@ class Task(gather.Gathered):
         nodes: NodesLike = GIVEN_NOT,
         key: Hashable = None,
         handler: object = None,
-        stdin: Stdin = True,
+        stdin: Stdin = GIVEN_NOT,
         expect: int | None = None,
         allow_empty: bool = False,
         **options: object,
@@ -172,7 +173,10 @@ class Task(gather.Gathered):
             key: label of a local command.
             handler: an object with `ev_…` methods; functions go as `on_read=…`, see `Callbacks`.
             stdin: True: open until `set_write_eof()`; False: at its end from the start; or bytes, a path, a file
-                object (read now), a function of the node that returns one of these.
+                object (read now), a function of the node that returns one of these. Left out: closed when the job
+                starts, unless `write()` or `set_write_eof()` was called before, or there is a handler or callback,
+                which may write. (In a handler, `shell()` starts at once: there it is closed when the handler returns
+                or waits, unless it has written.)
             expect: refuse any other number of nodes.
             allow_empty: an empty node set is no error.
             options: of this call; they win over `node_options` and `set_info`.
@@ -181,13 +185,22 @@ class Task(gather.Gathered):
             UsageError: something in it cannot be right; nothing was sent.
         """
         worker = self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
-        if self._roster.running:
-            self._start(worker)
-        else:
+        if not self._roster.running:
             self._roster.schedule(worker)
             if self._closed or self._engine.dispatcher.error is not None:  # meanwhile: nobody would take it from there
                 self._start_scheduled()
+        elif stdin is GIVEN_NOT and self._mailbox.busy and threading.current_thread() is self.thread:
+            self._unsettled.append(worker)
+            self._start(worker, may_write=True)
+            self._mailbox.after(self._settle)
+        else:
+            self._start(worker)
         return worker
+
+    def _settle(self) -> None:
+        """The handler has returned, or waits: what it has not written to by now, it leaves closed. Owner."""
+        while self._unsettled:
+            self._unsettled.pop().settle()
 
     def submit(
         self,
@@ -275,9 +288,9 @@ class Task(gather.Gathered):
             arguments=options,
         )
 
-    def _start(self, worker: Worker) -> None:
+    def _start(self, worker: Worker, *, may_write: bool = False) -> None:
         if worker.jobs:
-            self._roster.started(worker)
+            self._roster.started(worker, may_write=may_write)
             self._engine.submit(worker.jobs)
 
     def _start_scheduled(self) -> None:
@@ -412,6 +425,8 @@ class Task(gather.Gathered):
             return None
         if not begun and not done():
             raise TaskError("this is scheduled and does not run yet, so its end would never come: call resume()")
+        if self._unsettled:
+            self._settle()
         return self._mailbox.pump(done if heard is None or self._mailbox.busy else heard, until)
 
     def _ask(self, limit: float | None) -> None:

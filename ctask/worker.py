@@ -20,6 +20,7 @@ from ctask.buffers import BufferStore, Output
 from ctask.ending import ABORT_WITHIN
 from ctask.errors import Aborted, OptionError, TaskError
 from ctask.failures import named
+from ctask.feed import Feed
 from ctask.future import Admission, Future
 from ctask.handler import Handlers
 from ctask.job import Job
@@ -79,6 +80,7 @@ class Worker(gather.Gathered):
         ok_codes: frozenset[int],
         handlers: Handlers,
         store: BufferStore,
+        may_open: bool = False,
     ) -> None:
         self.task = task
         self.number = number
@@ -94,6 +96,9 @@ class Worker(gather.Gathered):
         self.last: tuple[Any, str, Output] = (None, "stdout", Output(b""))
         self.last_rc: int | None = None
         self._run = run
+        # Standard input was not spoken of: it is opened by writing to it, or for handlers, until the jobs are admitted.
+        self._may_open = may_open
+        self._settled = False
         self._jobs: list[Job] = []
         self._future_of: dict[Job, Future] = {}
         # In the order of their ends; the dispatcher appends.
@@ -125,6 +130,41 @@ class Worker(gather.Gathered):
             self._run.post(job, job.stop, Outcome.ABORTED, Aborted("cancelled"), within)
 
         return cancel
+
+    def admit(self, *, may_write: bool = False) -> None:
+        """Its jobs are on their way: decide about the standard input that was not spoken of.
+
+        It stays closed, unless it was written to or ended by now, or there are handlers, which may write.
+
+        Args:
+            may_write: a handler has just submitted it, and may write until it returns: `settle()` follows then.
+        """
+        with self.admission.lock:
+            self.admission.given = True
+            if self._may_open and (self.handlers or may_write):
+                for job in self._jobs:
+                    self._open(job)
+
+    def settle(self) -> None:
+        """End the standard input of all jobs that were admitted with `may_write` and not written to."""
+        if self.handlers:  # they were registered since, and may write
+            return
+        with self.admission.lock:
+            self._settled = True
+            unused = [job for job in self._jobs if job.feed is not None and not job.feed.written]
+        self._end_input(unused)
+
+    def _end_input(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._run.post(job, job.write, None)
+
+    @staticmethod
+    def _open(job: Job) -> Feed:
+        if job.feed is None:
+            retry = job.limits.retry
+            job.open_stdin(Feed(again=retry is not None and retry.idempotent))
+            assert job.feed is not None
+        return job.feed
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -375,19 +415,37 @@ class Worker(gather.Gathered):
     def write(self, data: bytes | str, nodes: Any = None) -> None:
         """Add to the standard input of these nodes' commands, or of all. Never waits.
 
+        After `set_write_eof()`, and where the command has ended, it is harmless.
+
         Raises:
-            OptionError: the command was submitted with its standard input closed.
+            OptionError: the standard input of one of them was closed when it started; nothing was written.
         """
         encoded = data.encode() if isinstance(data, str) else bytes(data)
-        for job in self._chosen(nodes):
-            if not job.command.stdin:
-                raise OptionError("standard input is closed: submit with stdin=True to write to it")
+        jobs = self._chosen(nodes)
+        with self.admission.lock:
+            for job in jobs:
+                self._check_open(job)
+            for job in jobs:
+                self._open(job).written = True
+        for job in jobs:
             self._run.post(job, job.write, encoded)
+
+    def _check_open(self, job: Job) -> None:
+        written = job.feed is not None and job.feed.written
+        if self._settled and not written:
+            raise OptionError("standard input was closed when the handler returned: say stdin=True to keep it open")
+        if job.feed is None and (self.admission.given or not self._may_open):
+            hint = " after its start" if self._may_open else ""
+            raise OptionError(f"standard input is closed: submit with stdin=True to write to it{hint}")
 
     def set_write_eof(self, nodes: Any = None) -> None:
         """End the standard input after what was written; again is harmless. Never waits."""
-        for job in self._chosen(nodes):
-            self._run.post(job, job.write, None)
+        jobs = self._chosen(nodes)
+        with self.admission.lock:
+            if self._may_open and not self.admission.given:
+                for job in jobs:
+                    self._open(job)
+        self._end_input(jobs)
 
     def _chosen(self, nodes: Any) -> Sequence[Job]:
         if nodes is None:

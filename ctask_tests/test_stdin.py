@@ -6,16 +6,18 @@ On the real sshd. Runs in the thread of pytest.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ctask import LocalResource, OptionError, Outcome, Task, Worker
+from ctask import ClusterExecutor, EventHandler, LocalResource, OptionError, Outcome, Retry, Task, Worker
 from ctask_tests.fix_hostile import Await, Close, Eof, Script, Status
 from ctask_tests.real_nodes import WELL, is_well, outcomes, reach, run, takes, task_of
 
@@ -99,13 +101,162 @@ def test_other_threads_may_write(task: Task) -> None:
     assert result.stdout == digest(piece * 20)
 
 
-def test_open_is_the_default_of_shell_and_closed_that_of_submit(task: Task) -> None:
-    closed = task.submit("cat; echo end", nodes=[WELL])
-    assert closed.result(WELL).stdout == "end\n"
-    worker = task.shell("cat; echo end", nodes=[WELL], timeout=0.5)
+# -- not spoken of -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pty", [False, True])
+@pytest.mark.parametrize("where", ["remote", "local", "placeholder"])
+def test_a_command_that_reads_does_not_wait_for_input_that_nobody_writes(task: Task, where: str, pty: bool) -> None:
+    places: dict[str, dict[str, Any]] = {
+        "remote": {"nodes": [WELL]},
+        "local": {},
+        "placeholder": {"nodes": ["one", "two"], "transport": "local"},
+    }
+    with takes(0):
+        worker = task.run("cat; echo end %h" if where == "placeholder" else "cat; echo end", pty=pty, **places[where])
+    for result in outcomes(worker).values():
+        assert is_well(result)
+        assert result.stdout.text.startswith("end")
+    with pytest.raises(OptionError, match="stdin=True"):
+        worker.write("too late")
+
+
+def test_submit_and_the_executor_close_it_too(task: Task) -> None:
+    heard: list[Any] = []
+    worker = task.submit("cat; echo end", nodes=[WELL], on_done=lambda *what: heard.append(what))
+    assert worker.result(WELL).stdout == "end\n"
+    with ClusterExecutor(task) as executor:
+        assert executor.submit("cat; echo end", node=WELL).result().stdout == "end\n"
+
+
+def test_open_until_its_end_where_that_is_asked_for(task: Task) -> None:
+    worker = task.shell("cat; echo end", nodes=[WELL], stdin=True, timeout=0.5)
     with takes(0.5):
         task.resume()
     assert outcomes(worker)[WELL].outcome is Outcome.TIMEOUT, "nobody has ended its input"
+
+
+def test_ended_before_the_run_it_is_closed(task: Task) -> None:
+    worker = task.shell("cat; echo end", nodes=[WELL])
+    worker.set_write_eof()
+    worker.write("comes after the end, and is harmless")
+    task.resume()
+    assert outcomes(worker)[WELL].stdout == "end\n"
+
+
+def test_what_was_written_to_one_node_opens_the_input_of_no_other(task: Task, sshd: Sshd) -> None:
+    one, two = sshd.nodes(2)
+    worker = task.shell("cat; echo end", nodes=[one, two])
+    worker.write("for one ", one)
+    worker.set_write_eof(one)
+    task.resume()
+    assert {node: str(result.stdout) for node, result in outcomes(worker).items()} == {
+        one: "for one end\n",
+        two: "end\n",
+    }
+
+
+@pytest.mark.parametrize("early", ["handler", "callback", "registered later"])
+def test_handlers_may_write_from_the_start(task: Task, early: str) -> None:
+    class Writes(EventHandler):
+        def ev_start(self, worker: Worker) -> None:
+            worker.write("from ev_start\n")
+
+        def ev_pickup(self, worker: Worker, node: str) -> None:
+            worker.set_write_eof(node)
+
+    handler = Writes()
+    arguments: dict[str, Any] = {}
+    if early == "handler":
+        arguments["handler"] = handler
+    elif early == "callback":
+        arguments.update(on_start=handler.ev_start, on_pickup=handler.ev_pickup)
+    worker = task.shell("cat", nodes=[WELL], **arguments)
+    if early == "registered later":
+        worker.on("start", handler.ev_start).on("pickup", handler.ev_pickup)
+    task.resume()
+    assert outcomes(worker)[WELL].stdout == "from ev_start\n"
+
+
+@pytest.mark.parametrize("then", ["writes", "returns", "waits", "listens"])
+def test_in_a_handler_it_stays_open_until_that_returns_or_waits(task: Task, then: str) -> None:
+    inner: list[Worker] = []
+
+    def done(worker: Worker, node: str, result: Any) -> None:
+        within = task.shell("cat; echo end", nodes=[WELL])
+        inner.append(within)
+        if then == "writes":
+            within.write("written ")
+            within.set_write_eof()
+        elif then == "waits":
+            assert within.result(WELL).stdout == "end\n"
+        elif then == "listens":
+            within.on("start", lambda worker: worker.write("heard "))
+            within.on("pickup", lambda worker, node: worker.set_write_eof(node))
+
+    with takes(0):
+        task.run("true", nodes=[WELL], on_done=done)
+    text = {"writes": "written end\n", "listens": "heard end\n"}.get(then, "end\n")
+    assert outcomes(inner[0])[WELL].stdout == text
+    if then in ("returns", "waits"):
+        with pytest.raises(OptionError, match="closed when the handler returned"):
+            inner[0].write("x")
+
+
+def test_each_try_gets_the_same_input(task: Task) -> None:
+    again = Retry(3, wait=0, exit_codes={75}, idempotent=True)
+    with takes(0):
+        closed = outcomes(task.run("cat; exit 75", nodes=[WELL], retry=again))[WELL]
+    assert (len(closed.attempts), closed.stdout) == (3, b"")
+    worker = task.shell("cat; exit 75", nodes=[WELL], retry=again)
+    worker.write("each time\n")
+    worker.set_write_eof()
+    task.resume()
+    given = outcomes(worker)[WELL]
+    assert (len(given.attempts), given.stdout) == (3, b"each time\n")
+
+
+@pytest.mark.parametrize("text", [b"", b"a line\n", b"no end"])
+def test_on_a_terminal_the_end_of_input_is_typed(task: Task, text: bytes) -> None:
+    # sshd tells no command on a terminal of the end of the channel's input.
+    with takes(0):
+        worker = run(task, "stty -echo; cat; echo end", [WELL], pty=True, stdin=text)
+        later = task.shell("stty -echo; cat; echo end", nodes=[WELL], pty=True)
+        later.write(text)
+        later.set_write_eof()
+        task.resume()
+    for one in (worker, later):
+        assert outcomes(one)[WELL].stdout.replace("\r\n", "\n").endswith(text + b"end\n")
+
+
+def test_under_asyncio_it_is_closed_as_well(task: Task) -> None:
+    async def main() -> bytes:
+        results = await task.submit("cat; echo end", nodes=[WELL])
+        return results[0].stdout
+
+    assert asyncio.run(main()) == b"end\n"
+
+
+def test_a_writer_races_the_start_and_nothing_is_lost(task: Task) -> None:
+    # Either the write came before the start, and arrives; or it is refused: never is it taken and dropped.
+    for delay in range(20):
+        worker = task.shell("cat; echo end", nodes=[WELL])
+        told: list[str] = []
+
+        def write(worker: Worker = worker, told: list[str] = told, delay: int = delay) -> None:
+            time.sleep(delay / 10_000)
+            try:
+                worker.write("written ")
+                told.append("written ")
+            except OptionError:
+                pass
+            worker.set_write_eof()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        task.resume()
+        writer.join()
+        assert outcomes(worker)[WELL].stdout == "".join(told) + "end\n"
 
 
 # -- closed ------------------------------------------------------------------------------------------------------

@@ -483,3 +483,6 @@ class _Ended:
 
     def __init__(self) -> None:
         self.admission = Admission()
+
+    def admit(self, *, may_write: bool = False) -> None:
+        self.admission.given = True

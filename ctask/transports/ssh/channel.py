@@ -47,6 +47,9 @@ __all__ = ["WINDOW", "SshSession"]
 #: that is given at once doubles it, as far as the sink has room. (Alone: 64 KiB 162 MB/s, 256 KiB 309, 2 MiB 317.)
 WINDOW = 64 * 1024
 WIDEST = 2 * 1024 * 1024
+#: What a person types to end the input of a command on a terminal: once at the start of a line, else twice, since the
+#: first one ends the line.
+_TERMINAL_END = b"\4\4"
 #: Bytes of standard input in a packet; the rest of 32 KiB is for its header.
 _INPUT = messages.PACKET - 64
 _MOST_ROOM = 0xFFFF_FFFF
@@ -68,6 +71,7 @@ class SshSession(OwnChannel):
         "_given",  # bytes that the node was allowed to send, all in all
         "_guard",
         "_held",  # bytes that were taken, and for which no new credit was given yet
+        "_line_start",  # standard input is at the start of a line
         "_link",
         "_marked",
         "_over",
@@ -103,6 +107,7 @@ class SshSession(OwnChannel):
         self._started = self._dropped = self._running = self._signal_refused = False
         self._sent = self._exited = self._complete = self._over = self._marked = False
         self._eof_sent = self._eof_wanted = self._starved = False
+        self._line_start = True
 
     def __repr__(self) -> str:
         state = "running" if self._running else "started" if self._started else "new"
@@ -158,6 +163,7 @@ class SshSession(OwnChannel):
             except (EOFError, OSError):
                 return len(view)
             sent += size
+            self._line_start = payload[-1] == b"\n"[0]
         return sent
 
     def _input(self, piece: memoryview) -> bytes:
@@ -198,8 +204,23 @@ class SshSession(OwnChannel):
             self._eof_wanted = True
             if not self._sent:
                 return  # it leaves with the command, or right after it
+        self._end_input()
+
+    def _end_input(self) -> None:
+        """Send the end that is wanted, where it has not left; on a terminal, when there is room. Any thread."""
+        packets = [messages.eof(self._remote)]
+        with self._guard:
+            if not (self._sent and self._eof_wanted) or self._eof_sent:
+                return
+            if self._command.pty:
+                # sshd tells no command on a terminal of that end: it is typed, as a person would.
+                typed = _TERMINAL_END[: 1 if self._line_start else 2]
+                if self._room < len(typed):
+                    return
+                self._room -= len(typed)
+                packets.insert(0, messages.data(self._remote, typed))
             self._eof_sent = True
-        self._send(messages.eof(self._remote))
+        self._send(*packets)
 
     def give(self) -> None:
         """Let the node send as much again as was withheld; any thread."""
@@ -256,10 +277,10 @@ class SshSession(OwnChannel):
     def _opening(self) -> bytes:
         return messages.open_session(self.chanid, WINDOW)
 
-    def _send(self, payload: bytes) -> None:
+    def _send(self, *payloads: bytes) -> None:
         # A connection that is gone is told by its thread, which the failed send has woken.
         with contextlib.suppress(EOFError, OSError):
-            self._link.send(self, payload)
+            self._link.send(self, *payloads)
 
     # --- what the Link calls: the connection's thread
 
@@ -290,17 +311,14 @@ class SshSession(OwnChannel):
         request = messages.execute(self._remote, self._command.line)
         end = messages.eof(self._remote)
         with self._guard:
-            self._eof_wanted = self._eof_sent = self._eof_wanted or not self._command.stdin
-            both = self._eof_sent
+            self._eof_wanted = self._eof_wanted or not self._command.stdin
+            both = self._eof_sent = self._eof_wanted and not self._command.pty
         self._asked = "exec"
         self._link.send(self, request, *([end] if both else []))
         with self._guard:
             # Input that came before the command would be lost.
             self._sent = True
-            late = self._eof_wanted and not self._eof_sent
-            self._eof_sent = self._eof_wanted
-        if late:
-            self._link.send(self, end)
+        self._end_input()
         self._wake_writer()
 
     def refused(self, code: int, text: bytes) -> None:
@@ -407,6 +425,8 @@ class SshSession(OwnChannel):
         size = Fields(payload, "a window", 5).u32()
         with self._guard:
             self._room = min(self._room + size, _MOST_ROOM)
+        if self._eof_wanted and not self._eof_sent:
+            self._end_input()
         if self._starved:
             self._wake_writer()
 
