@@ -16,6 +16,7 @@ from typing import Any
 from ctask.errors import CommandError, HandlerError, OptionError, TaskTimeout, UsageError
 from ctask.future import Future
 from ctask.nodes import NodeSet, NodesLike
+from ctask.numeric import patience
 from ctask.result import NodeResult
 from ctask.submission import CommandLike, node_set
 from ctask.task import Task
@@ -121,7 +122,8 @@ class ClusterExecutor(concurrent.futures.Executor):
             NodeError: while iterating: a command could not be run to its end.
         """
         _check(command, "map", arguments, options)
-        until = None if timeout is None else time.monotonic() + timeout
+        limit = patience("timeout", timeout, past=True)
+        until = None if limit is None else time.monotonic() + limit
         parts = [nodes] if isinstance(nodes, (str, NodeSet)) else list(nodes)
         worker = self._start(command, parts, options)
         return _results(worker, [worker.futures[node] for part in parts for node in NodeSet(part)], until)

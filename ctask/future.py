@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from ctask.errors import Aborted
 from ctask.errors.text import printable
+from ctask.numeric import patience
 from ctask.result import NodeResult
 
 __all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]
@@ -79,20 +80,18 @@ class Future(concurrent.futures.Future[NodeResult]):
         self.told: list[Callable[[Future], None]] = []
 
     def result(self, timeout: float | None = None) -> NodeResult:
-        """Return the result, waiting at most `timeout` seconds.
+        """Return the result, waiting at most `timeout` seconds: 0 only looks, None and infinity wait for ever.
 
         Raises:
             NodeError: the command could not be run to its end; `.result` has what is known.
             TimeoutError: the time to wait is over; the job goes on.
             TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
-        self._await(timeout)
-        return super().result(timeout)
+        return super().result(self._await(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the `NodeError`, or None; waits as `result`."""
-        self._await(timeout)
-        return super().exception(timeout)
+        return super().exception(self._await(timeout))
 
     def cancel(self) -> bool:
         """Ask for the end of the job, also while it runs; return False if it has ended already.
@@ -131,13 +130,16 @@ class Future(concurrent.futures.Future[NodeResult]):
         """Whether the job was aborted, by `cancel()` or otherwise."""
         return self.done() and isinstance(super().exception(0), Aborted)
 
-    def _await(self, timeout: float | None) -> None:
+    def _await(self, timeout: object) -> float | None:
+        """Wait where handlers can run meanwhile; return how long the standard's own wait has left."""
+        limit = patience("timeout", timeout, past=True)
         if self.done():
-            return
+            return limit
         self.watched = True
-        until = None if timeout is None else time.monotonic() + timeout
+        until = None if limit is None else time.monotonic() + limit
         if self.task.wait_for(self.done, until, begun=self.begun) is False:
-            raise TimeoutError(f"{self.node}: not ended within {timeout:g} s; the job goes on")
+            raise TimeoutError(f"{self.node}: not ended within {limit:g} s; the job goes on")
+        return limit
 
     def __repr__(self) -> str:
         node = printable(str(self.node))
@@ -163,10 +165,12 @@ def wait(
 
     Args:
         futures: of one task; where they are of several, it waits without running handlers.
+        timeout: seconds; 0 only looks, None and infinity wait as long as it takes.
 
     Raises:
-        ValueError: `return_when` is none of the standard's three.
+        ValueError: `return_when` is none of the standard's three, or `timeout` no number.
     """
+    limit = patience("timeout", timeout, past=True)
     if return_when not in _WHEN:
         raise ValueError(f"return_when is one of {', '.join(_WHEN)}, not {return_when!r}")
     fs = set(futures)
@@ -180,9 +184,9 @@ def wait(
         return len(ended.futures) == len(fs)
 
     with ended:
-        waited = not fs or ended.wait_for(enough, timeout, some=return_when == concurrent.futures.FIRST_COMPLETED)
+        waited = not fs or ended.wait_for(enough, limit, some=return_when == concurrent.futures.FIRST_COMPLETED)
     if waited is None:
-        concurrent.futures.wait(fs, timeout, return_when)
+        concurrent.futures.wait(fs, limit, return_when)
     done = {future for future in fs if future.done()}
     return DoneAndNotDone(done, fs - done)
 
@@ -192,11 +196,15 @@ def as_completed(futures: Iterable[Future], timeout: float | None = None) -> Ite
 
     Args:
         futures: of one task; where they are of several, it waits without running handlers.
+        timeout: seconds for all; 0 gives those that have ended.
 
     Raises:
         TimeoutError: not all have ended `timeout` seconds after the first call of `next()`.
     """
-    fs = set(futures)
+    return _as_completed(set(futures), patience("timeout", timeout, past=True))
+
+
+def _as_completed(fs: set[Future], timeout: float | None) -> Iterator[Future]:
     ended = _Ended(fs)
     until = None if timeout is None else time.monotonic() + timeout
     with ended:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
+import numbers
 import os
 import pwd
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +20,7 @@ from typing import Any
 from ctask.errors import OptionError
 from ctask.nodes import NodeSet
 from ctask.nodes.names import check as check_name
+from ctask.numeric import duration, limit, shown, statuses, whole
 from ctask.retry import BUSY, Retry
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Stop",
     "Target",
     "parse_option",
-    "seconds",
 ]
 
 #: Identity files that OpenSSH's client tries when none is named (ssh_config(5), IdentityFile).
@@ -159,53 +159,24 @@ class JobOptions:
     retry: Retry | None = BUSY
 
 
-def seconds(name: str, value: object) -> float | None:
-    """Return a time limit; None, 0 and infinity are none.
-
-    Raises:
-        OptionError: negative, NaN, a bool, or no number at all.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise OptionError(f"{name} is a number of seconds or None, not {value!r}")
-    if math.isnan(value) or value < 0:
-        raise OptionError(f"{name} cannot be {value!r}: say a number of seconds, or None for no limit")
-    return None if value == 0 or math.isinf(value) else float(value)
-
-
-def _duration(name: str, value: object) -> float:
-    """A time that is no limit: 0 means at once."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise OptionError(f"{name} is a number of seconds, 0 or more, not {value!r}")
-    return float(value)
-
-
-def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        span = f"{least} to {most}" if most is not None else f"{least} or more"
-        raise OptionError(f"{name} is a whole number, {span}, not {value!r}")
-    return value
-
-
 def _positive(name: str, value: object) -> int:
-    return _whole(name, value, 1)
+    return whole(name, value, 1)
 
 
 def _port(name: str, value: object) -> int:
-    return _whole(name, value, 1, 65_535)
+    return whole(name, value, 1, 65_535)
 
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, int)) or value not in (0, 1):
-        raise OptionError(f"{name} is True or False, not {value!r}")
+        raise OptionError(f"{name} is True or False, not {shown(value)}")
     return bool(value)
 
 
 def _choice(*choices: str) -> Callable[[str, object], str]:
     def parse(name: str, value: object) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise OptionError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+            raise OptionError(f"{name} is one of {', '.join(choices)}, not {shown(value)}")
         return value
 
     return parse
@@ -213,13 +184,13 @@ def _choice(*choices: str) -> Callable[[str, object], str]:
 
 def _transport(name: str, value: object) -> str:
     if not isinstance(value, str) or value not in TRANSPORTS:
-        raise OptionError(f"{name} is one of {', '.join(sorted(TRANSPORTS))}, not {value!r}")
+        raise OptionError(f"{name} is one of {', '.join(sorted(TRANSPORTS))}, not {shown(value)}")
     return value
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value or value.startswith("-") or not value.isprintable():
-        raise OptionError(f"{name} is a text without control characters and without a leading '-', not {value!r}")
+        raise OptionError(f"{name} is a text without control characters and without a leading '-', not {shown(value)}")
     return value
 
 
@@ -227,17 +198,17 @@ def _user(name: str, value: object) -> str:
     # The rule of OpenSSH's ssh_valid_ruser: these characters end up in shells and ProxyCommands elsewhere.
     text = _text(name, value)
     if any(c in "'`\";&<>|(){}$\\" or c.isspace() for c in text):
-        raise OptionError(f"{name} has a character that no login name may have: {value!r}")
+        raise OptionError(f"{name} has a character that no login name may have: {shown(value)}")
     return text
 
 
 def _paths(name: str, value: object) -> tuple[str, ...]:
     items = [value] if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(items, Iterable):
-        raise OptionError(f"{name} is a path or several, not {value!r}")
+        raise OptionError(f"{name} is a path or several, not {shown(value)}")
     paths = tuple(os.path.abspath(os.path.expanduser(os.fspath(item))) for item in items)
     if any("\0" in path for path in paths):
-        raise OptionError(f"{name} has a NUL in a path: {value!r}")
+        raise OptionError(f"{name} has a NUL in a path: {shown(value)}")
     return paths
 
 
@@ -245,7 +216,7 @@ def _kex(name: str, value: object) -> tuple[str, ...]:
     """Return the methods that a list in the form of ssh_config(5), KexAlgorithms, names: of those that ctask has."""
     items = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(item, str) for item in items):
-        raise OptionError(f"{name} is a list of methods of key exchange, as KexAlgorithms of ssh_config, not {value!r}")
+        raise OptionError(f"{name} is a list of methods of key exchange, as KexAlgorithms of ssh_config, not {shown(value)}")
     text = ",".join(map(str, items))
     sign = text[:1] if text[:1] in ("+", "-", "^") else ""
     patterns = [part.strip() for part in text.removeprefix(sign).split(",")]
@@ -263,16 +234,9 @@ def _kex(name: str, value: object) -> tuple[str, ...]:
 def _retry(name: str, value: object) -> Retry | None:
     if value is None or isinstance(value, Retry):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Retry(value)
-    raise OptionError(f"{name} is a ctask.Retry, a number of tries, or None for one try only, not {value!r}")
-
-
-def _codes(name: str, value: object) -> frozenset[int]:
-    items = [value] if isinstance(value, int) else value
-    if not isinstance(items, Iterable):
-        raise OptionError(f"{name} is a set of exit statuses, not {value!r}")
-    return frozenset(_whole(name, item, 0, 255) for item in items)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return Retry(int(value))
+    raise OptionError(f"{name} is a ctask.Retry, a number of tries, or None for one try only, not {shown(value)}")
 
 
 _PARSERS: dict[str, Callable[[str, object], Any]] = {
@@ -284,25 +248,25 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {
     "identity": _paths,
     "known_hosts": _paths,
     "host_key_policy": _choice(*HOST_KEY_POLICIES),
-    "keep": _duration,
-    "alive_interval": seconds,
+    "keep": duration,
+    "alive_interval": limit,
     "kex_algorithms": _kex,
     # limits of a job
-    "connect_timeout": seconds,
-    "timeout": seconds,
-    "idle_timeout": seconds,
-    "deadline": seconds,
+    "connect_timeout": limit,
+    "timeout": limit,
+    "idle_timeout": limit,
+    "deadline": limit,
     "retry": _retry,
-    "drain_timeout": seconds,
+    "drain_timeout": limit,
     "stop": _choice(*STOP_POLICIES),
-    "stop_grace": _duration,
+    "stop_grace": duration,
     "stop_by": _choice("session", "signal"),
     "fresh": _flag,
     # what a worker does with its output and its standard input
     "pty": _flag,
     "stderr": _flag,
     "gather": _flag,
-    "ok_codes": _codes,
+    "ok_codes": statuses,
     # of the task alone
     "fanout": _positive,
     "queue_limit": _positive,

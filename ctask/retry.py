@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -25,6 +26,7 @@ from ctask.errors import (
     NodeError,
     OptionError,
 )
+from ctask.numeric import duration, shown, statuses, whole
 from ctask.states import PHASES
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Retry:
             that is given the error and says. None: what may pass by itself; a host key, a login that was refused and an
             unknown name do not, and a `timeout` is not asked again unless it is named. The function is asked about
             commands that exited as well (`CommandFailed`), and about nothing that is no use to try again.
-        exit_codes: exit statuses with which the command asks for another try; 128 + n for a signal.
+        exit_codes: exit statuses with which the command asks for another try; 128 + n for a signal; 0 to 2^32 - 1.
         idempotent: the command may run more than once.
         budget: seconds after the first try began in which another one may begin; None: any time.
 
@@ -109,15 +111,16 @@ class Retry:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        _check_attempts(self.attempts)
+        if not callable(self.attempts):
+            object.__setattr__(self, "attempts", _parsed_attempts(self.attempts))
         if self.wait is not None and not callable(self.wait):
-            _check_seconds("wait", self.wait)
+            object.__setattr__(self, "wait", duration("wait", self.wait))
         if self.budget is not None:
-            _check_seconds("budget", self.budget)
+            object.__setattr__(self, "budget", duration("budget", self.budget))
         if not isinstance(self.idempotent, bool):
-            raise OptionError(f"idempotent is True or False, not {self.idempotent!r}")
+            raise OptionError(f"idempotent is True or False, not {shown(self.idempotent)}")
         object.__setattr__(self, "on", _parsed_on(self.on))
-        object.__setattr__(self, "exit_codes", _parsed_codes(self.exit_codes))
+        object.__setattr__(self, "exit_codes", statuses("exit_codes", self.exit_codes))
         if not self.idempotent:
             self._check_once()
 
@@ -184,27 +187,12 @@ def _busy(error: NodeError) -> bool:
     return error.curable is Curable.BUSY
 
 
-def _check_attempts(attempts: object) -> None:
-    if callable(attempts):
-        return
-    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-        raise OptionError(f"attempts is a whole number, 1 or more, or a stop_… object of tenacity, not {attempts!r}")
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise OptionError(f"{name} is a number of seconds, 0 or more, not {value!r}")
-
-
-def _parsed_codes(codes: object) -> frozenset[int]:
-    items = [codes] if isinstance(codes, int) else codes
-    if not isinstance(items, Iterable):
-        raise OptionError(f"exit_codes is a set of exit statuses, not {codes!r}")
-    found = frozenset(items)
-    for code in found:
-        if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code <= 255:
-            raise OptionError(f"an exit status is a whole number, 0 to 255, not {code!r}")
-    return found
+def _parsed_attempts(attempts: object) -> int:
+    if not isinstance(attempts, numbers.Integral):
+        raise OptionError(
+            f"attempts is a whole number, 1 or more, or a stop_… object of tenacity, not {shown(attempts)}"
+        )
+    return whole("attempts", attempts, 1)
 
 
 def _parsed_on(on: Any) -> tuple[str | type[NodeError], ...] | Callable[[NodeError], bool] | None:
@@ -212,7 +200,7 @@ def _parsed_on(on: Any) -> tuple[str | type[NodeError], ...] | Callable[[NodeErr
         return on
     items = [on] if isinstance(on, (str, type)) else on
     if not isinstance(items, Iterable):
-        raise OptionError(f"on is phases, classes of NodeError or a function of the error, not {on!r}")
+        raise OptionError(f"on is phases, classes of NodeError or a function of the error, not {shown(on)}")
     found = tuple(items)
     for one in found:
         if isinstance(one, str):

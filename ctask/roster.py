@@ -33,6 +33,7 @@ class Roster:
         self._view: list[weakref.ref[Worker]] = []
         self._held: list[Worker] = []
         self._view_over = False
+        self._left = False
         #: a run is under way; the owner's
         self.running = False
 
@@ -63,11 +64,16 @@ class Roster:
             if self.running:
                 self._held.append(worker)
 
-    def begin(self, workers: list[Worker]) -> list[Worker]:
-        """Begin a run of these workers and of what has not ended; return what must be started for it."""
+    def begin(self, workers: list[Worker], *, goes_on: bool = False) -> list[Worker]:
+        """Begin a run of these workers and of what has not ended; return what must be started for it.
+
+        Args:
+            goes_on: where the last one was a `join()` that was left before its end, this one has its workers as well.
+        """
         with self._lock:
             self._forget_closed()
-            self._held = [*self._started, *workers]
+            before = self._held if goes_on and self._left else []
+            self._held = list(dict.fromkeys([*before, *self._started, *workers]))
             self._view = [weakref.ref(worker) for worker in self._held]
             self._view_over = False
             self.running = True
@@ -76,10 +82,15 @@ class Roster:
             self._started.extend(workers)
         return workers
 
-    def end(self) -> None:
-        """The run is over; its view stays until the next one, or the next submission."""
+    def end(self, *, joined: bool = True) -> None:
+        """The run is over; its view stays until the next one, or the next submission.
+
+        Args:
+            joined: False: it was a `join()` that did not wait for the end.
+        """
         with self._lock:
             self.running = False
+            self._left = not joined
             self._view_over = True
 
     def unfinished(self) -> list[Worker]:

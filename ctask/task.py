@@ -33,7 +33,8 @@ from ctask.errors import (
 )
 from ctask.job import Job
 from ctask.nodes import NodesLike
-from ctask.options import Options, seconds
+from ctask.numeric import limit, patience
+from ctask.options import Options
 from ctask.ownthread import OwnThread
 from ctask.roster import Roster, all_closed
 from ctask.states import Outcome
@@ -255,7 +256,7 @@ class Task(gather.Gathered):
                 raise OptionError(f"without a command there is no {', '.join(arguments)}")
             self.resume(deadline)
             return None
-        seconds("deadline", deadline)
+        limit("deadline", deadline)
         self._may_run("run")
         worker = self.shell(command, **arguments)
         self.resume(deadline)
@@ -317,32 +318,35 @@ class Task(gather.Gathered):
             TaskError: the task itself has failed; every node has its result all the same.
             AlreadyRunningError: inside a handler of this task.
         """
-        limit = seconds("deadline", deadline)
+        seconds = limit("deadline", deadline)
         self._mailbox.check()
         self._may_run("resume")
         if threading.current_thread() is not self.thread:
-            self._ask(limit)
+            self._ask(seconds)
             return
-        self.execute(limit, self._roster.take_scheduled())
+        self.execute(seconds, self._roster.take_scheduled())
 
     def join(self, deadline: float | None = None) -> bool:
         """Wait until all that was started has ended; its workers are a run as well.
 
-        Returns False when `deadline` seconds have passed before: nothing is ended then. Of a task with a thread of its
-        own it raises what its runs have raised since the last `join()`, when all of them are over.
+        Returns False when `deadline` seconds have passed before: nothing is ended then, and the next `join()` goes on
+        with the same run. 0 only looks; None and infinity wait as long as it takes. Of a task with a thread of its own
+        it raises what its runs have raised since the last `join()`, when all of them are over.
 
         Raises:
             TaskError: the task itself has failed.
             TaskTimeout: the deadline of a run that was asked for has passed.
             HandlerError: handlers raised.
         """
-        until = None if (limit := seconds("deadline", deadline)) is None else time.monotonic() + limit
+        seconds = patience("deadline", deadline)
+        until = None if seconds is None else time.monotonic() + seconds
         if threading.current_thread() is self.thread and not self._mailbox.busy:
-            self._roster.begin([])
+            done = False
             try:
+                self._roster.begin([], goes_on=True)
                 done = self._mailbox.pump(self._roster.all_closed(), until)
             finally:
-                self._roster.end()
+                self._roster.end(joined=done)
             self._mailbox.raise_errors()
             return done
         workers = self._roster.unfinished()
@@ -417,13 +421,16 @@ class Task(gather.Gathered):
         begun: bool = True,
     ) -> bool | None:
         """See `ctask.future.Waiting`; where handlers can run meanwhile, wait for `heard()` in place of `done()`."""
+        looks = until is not None and until <= time.monotonic()
         if threading.get_ident() == self._engine.dispatcher.ident:
+            if looks:
+                return done()
             raise WrongThread("this would wait in a done-callback, which runs in the dispatcher")
         if threading.current_thread() is not self.thread:
             if self._foreign and not done():
                 self._mailbox.check()  # nothing would ever come
             return None
-        if not begun and not done():
+        if not (begun or looks or done()):
             raise TaskError("this is scheduled and does not run yet, so its end would never come: call resume()")
         if self._unsettled:
             self._settle()

@@ -25,7 +25,7 @@ from ctask.future import Admission, Future
 from ctask.handler import Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet
-from ctask.options import seconds
+from ctask.numeric import patience
 from ctask.result import Group, NodeResult
 from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
@@ -248,12 +248,12 @@ class Worker(gather.Gathered):
         """Wait until every job has its outcome; return False when `deadline` seconds have passed before.
 
         In the task's own thread its handlers have been called by then, unless it is a handler that waits. Only
-        waits: neither the deadline nor Ctrl-C ends a job.
+        waits: neither the deadline nor Ctrl-C ends a job. 0 only looks; None and infinity wait as long as it takes.
 
         Raises:
             TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
-        limit = seconds("deadline", deadline)
+        limit = patience("deadline", deadline)
         until = None if limit is None else time.monotonic() + limit
         waited = self.task.wait_for(self.done, until, lambda: self.closed, begun=self._begun())
         if waited is None:
@@ -274,27 +274,42 @@ class Worker(gather.Gathered):
             self.wait()
         super().check()
 
-    def results(self) -> Iterator[NodeResult]:
-        """Yield each node's `NodeResult` as it ends; never raises for a node."""
+    def results(self, timeout: float | None = None) -> Iterator[NodeResult]:
+        """Yield each node's `NodeResult` as it ends; never raises for a node.
+
+        Args:
+            timeout: seconds that each result may take after the one before was given, and the first from the first
+                `next()`. 0 only looks; None and infinity wait as long as it takes.
+
+        Raises:
+            TimeoutError: while iterating: that time has passed. What runs goes on, and another call begins anew.
+            TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
+        """
+        return self._results(patience("timeout", timeout))
+
+    def _results(self, limit: float | None) -> Iterator[NodeResult]:
         self._watched = True
         given = 0
         while given < len(self._jobs):
-            if given == len(self._ended):
-                target = given
-                waited = self.task.wait_for(
-                    lambda: len(self._ended) > target,  # noqa: B023 (called here)
-                    None,
-                    begun=self._begun(),
-                )
-                if waited is None:
-                    pending = [future for future in self.futures.values() if not future.done()]
-                    concurrent.futures.wait(pending, None, concurrent.futures.FIRST_COMPLETED)
-                continue
+            until = None if limit is None else time.monotonic() + limit
+            while given == len(self._ended):
+                if not self._another(given, until):
+                    left = len(self._jobs) - given
+                    raise TimeoutError(f"no result within {limit:g} s; {left} jobs have not ended, and go on")
             yield self._ended[given]
             given += 1
 
+    def _another(self, given: int, until: float | None) -> bool:
+        """Wait until more than so many jobs have their outcome; False: not by then."""
+        begun = self._begun()
+        if self.task.wait_for(lambda: len(self._ended) > given, until, begun=begun) is None:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            pending = [future for future in self.futures.values() if not future.done()]
+            concurrent.futures.wait(pending, left, concurrent.futures.FIRST_COMPLETED)
+        return len(self._ended) > given or until is None or time.monotonic() < until
+
     def result(self, node: Any, timeout: float | None = None) -> NodeResult:
-        """Return a node's result, waiting for it at most `timeout` seconds.
+        """Return a node's result, waiting for it at most `timeout` seconds (0 only looks).
 
         Raises:
             NodeError: the command could not be run to its end.

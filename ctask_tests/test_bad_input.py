@@ -178,8 +178,9 @@ def test_a11_deadlines_are_numbers_as_well(task: Task, fake: FakeTransport, valu
 @pytest.mark.parametrize("value", [0, None, math.inf])
 def test_a11_no_limit_has_three_names(task: Task, fake: FakeTransport, value: Any) -> None:
     task.run("true", nodes="n1", timeout=value, connect_timeout=value, deadline=value)
-    assert task.submit("true", nodes="n1").wait(value)
-    assert task.join(value)
+    worker = task.submit("true", nodes="n1")
+    task.resume(value)
+    assert worker.done()
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, math.nan, "64", None])

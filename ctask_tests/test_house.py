@@ -47,6 +47,7 @@ FACE = "ctask"
 FLOORS = {
     "errors": 0,
     "logs": 0,
+    "numeric": 0,
     "nodes": 0,
     "options": 1,
     "events": 1,
@@ -104,10 +105,11 @@ PUBLIC = RECORDS | {FACE, "buffers", "failures", "handler", "retry", "future", "
 #: Rooms that may know less than every floor below them (and their own).
 ONLY = {
     "errors": set[str](),
-    "nodes": {"errors"},
+    "nodes": {"errors", "numeric"},
     "buffers": {"errors"},
     "handler": RECORDS | {"buffers"},
-    "retry": {"errors", "states"},
+    "numeric": {"errors"},
+    "retry": {"errors", "numeric", "states"},
     "command": {"errors", "options"},
     "failures": RECORDS,
     "plan": RECORDS,

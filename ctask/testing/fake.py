@@ -322,7 +322,7 @@ class FakeTransport:
         """Answer a call of `Connection.end`. The task's pool."""
         self.ends.append(end)
         if self.end_after:
-            self._left.wait(self.end_after)
+            self._left.wait(min(self.end_after, threading.TIMEOUT_MAX))
         said = self.end(end) if self.end is not None else Ending(self.end_state)
         return said if isinstance(said, dict) else dict.fromkeys(end.sessions, said)
 
@@ -376,7 +376,8 @@ class FakeTransport:
         while True:
             with self._changed:
                 while not self._stopped and (not self._due or self._due[0][0] > time.monotonic()):
-                    self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
+                    left = self._due[0][0] - time.monotonic() if self._due else threading.TIMEOUT_MAX
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
                 if self._stopped:
                     return
                 call = heapq.heappop(self._due)[2]

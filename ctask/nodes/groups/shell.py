@@ -37,6 +37,8 @@ MOST = 64 << 20
 #: Bytes of its standard error that are kept, from the end.
 _KEPT_ERROR = 2000
 #: Seconds for a killed command to be gone.
+#: Seconds that one look at its output takes at most: epoll counts milliseconds in an int.
+_LONGEST_LOOK = 3600.0
 _GONE = 2.0
 
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(GROUP|NODE|SOURCE|CFGDIR)\}|(GROUP|NODE|SOURCE|CFGDIR)(?![A-Za-z0-9_]))")
@@ -167,7 +169,7 @@ def _read(process: subprocess.Popen[bytes], deadline: float, timeout: float) -> 
             left = deadline - time.monotonic()
             if left <= 0:
                 raise CommandFailedError(f"did not end within {timeout:g} s, and was killed; a longer `timeout` waits")
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(min(left, _LONGEST_LOOK)):
                 chunk = os.read(key.fd, 65536)
                 key.data.extend(chunk)
                 if not chunk:

@@ -21,11 +21,13 @@ from ctask.errors import (
     GroupSourceQueryFailed,
     NodeSetExternalError,
     NoSuchGroup,
+    OptionError,
 )
 from ctask.errors.text import printable
 from ctask.nodes.groups import shell
 from ctask.nodes.groups.source import GroupSource, words
 from ctask.nodes.resolving import no_such_group
+from ctask.numeric import duration, patience, shown
 
 __all__ = ["CACHE_TIME", "TIMEOUT", "UpcallGroupSource"]
 
@@ -95,12 +97,17 @@ class UpcallGroupSource(GroupSource):
             if text
         }
         self.cfgdir = cfgdir
-        self.cache_time = CACHE_TIME if cache_time is None else float(cache_time)
-        self.timeout = TIMEOUT if timeout is None else float(timeout)
-        if not self.cache_time >= 0:  # NaN is not either
-            raise GroupSourceError(f"{self}: cache_time is 0 or more seconds, not {cache_time}")
-        if not 0 < self.timeout < math.inf:
-            raise GroupSourceError(f"{self}: timeout is more than 0 seconds, not {timeout}")
+        try:
+            kept = CACHE_TIME if cache_time is None else patience("cache_time", cache_time)
+        except OptionError:
+            raise GroupSourceError(f"{self}: cache_time is 0 or more seconds, not {shown(cache_time)}") from None
+        self.cache_time = math.inf if kept is None else kept
+        try:
+            self.timeout = TIMEOUT if timeout is None else duration("timeout", timeout)
+        except OptionError:
+            self.timeout = 0.0
+        if not self.timeout:
+            raise GroupSourceError(f"{self}: timeout is more than 0 seconds, not {shown(timeout)}")
         self._cache = _Cache()
 
     @property

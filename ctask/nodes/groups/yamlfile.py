@@ -7,6 +7,7 @@ record of the later one stands.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from ctask.errors import GroupResolverConfigError
 from ctask.errors.text import printable
 from ctask.nodes.groups.source import FileGroupSource, Groups
+from ctask.numeric import patience
 
 __all__ = ["CACHE_TIME", "YAMLGroupLoader"]
 
@@ -50,7 +52,8 @@ class YAMLGroupLoader:
 
     def __init__(self, filename: str, cache_time: float | None = None) -> None:
         self.filename = os.fspath(filename)
-        self.cache_time = CACHE_TIME if cache_time is None else cache_time
+        kept = CACHE_TIME if cache_time is None else patience("cache_time", cache_time)
+        self.cache_time = math.inf if kept is None else kept
         self._read = self._load()
 
     def __iter__(self) -> Iterator[FileGroupSource]:
