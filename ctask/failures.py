@@ -46,7 +46,7 @@ class Failures(Mapping[tuple[str, str, str], Any]):
         return cls({failure: named(nodes, all(nodes.values())) for failure, nodes in largest})
 
     def __getitem__(self, failure: tuple[str, str, str]) -> Any:
-        return self._folded[failure]
+        return self._folded[failure].copy()
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         return iter(self._folded)

@@ -11,8 +11,8 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from types import TracebackType
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 from ctask import gather
@@ -61,8 +61,7 @@ class Worker(gather.Gathered):
     Attributes:
         number: counts the workers of the task, from 1.
         command: what was submitted, as text.
-        nodes: the NodeSet; for a local command a list with its key.
-        futures: node -> `Future`, in the order in which they start.
+        futures: node -> `Future`, in the order in which they start; read-only.
         task: the task.
 
     Thread safety: every method may be called in any thread; the waits pump in the owner's.
@@ -90,16 +89,18 @@ class Worker(gather.Gathered):
         self.ok_codes = ok_codes
         self.handlers = handlers
         self.store = store
-        self.futures: dict[Any, Future] = {}
+        self._futures: dict[Any, Future] = {}
+        # Read-only for the program: what it took out would be missing from every account.
+        self.futures: Mapping[Any, Future] = MappingProxyType(self._futures)
         self.admission = Admission()
-        self.nodes: Any = []
+        self._nodes: Any = []
         self.last: tuple[Any, str, Output] = (None, "stdout", Output(b""))
         self.last_rc: int | None = None
         self._run = run
         # Standard input was not spoken of: it is opened by writing to it, or for handlers, until the jobs are admitted.
         self._may_open = may_open
         self._settled = False
-        self._jobs: list[Job] = []
+        self._jobs: tuple[Job, ...] = ()
         self._future_of: dict[Job, Future] = {}
         # In the order of their ends; the dispatcher appends.
         self._ended: list[NodeResult] = []
@@ -115,12 +116,12 @@ class Worker(gather.Gathered):
 
     def assign(self, jobs: Sequence[Job], nodes: Any) -> None:
         """Take the jobs in the order in which they are to start. Once, before anything is submitted."""
-        self._jobs = list(jobs)
-        self.nodes = nodes
+        self._jobs = tuple(jobs)
+        self._nodes = nodes
         for job in self._jobs:
             future = Future(self.task, job.node, self._canceller(job), self.admission)
             # By the job as well: what a program's keys do when they are compared is not for the dispatcher to bear.
-            self._future_of[job] = self.futures[job.node] = future
+            self._future_of[job] = self._futures[job.node] = future
         if not self._jobs:
             self._closed = True
 
@@ -165,6 +166,11 @@ class Worker(gather.Gathered):
             job.open_stdin(Feed(again=retry is not None and retry.idempotent))
             assert job.feed is not None
         return job.feed
+
+    @property
+    def nodes(self) -> Any:
+        """A copy of the NodeSet; for a local command a list with its key."""
+        return self._nodes.copy()
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -556,7 +562,7 @@ class Worker(gather.Gathered):
 
     def __repr__(self) -> str:
         shown = self.command if len(self.command) <= 40 else self.command[:39] + "…"
-        nodes = f" {self.nodes} ({len(self.nodes)})" if self.remote else ""
+        nodes = f" {self._nodes} ({len(self._nodes)})" if self.remote else ""
         return f"<Worker {self.number} {shown!r}{nodes}: {self.counts()}, {self.elapsed:.1f} s>"
 
 

@@ -119,11 +119,11 @@ class Fake(Worker):
     ) -> None:
         jobs: list[Any] = [Job(result.node, result, result._capture) for result in results]
         jobs += [Job(node, None, None) for node in pending]
-        self._jobs = jobs
+        self._jobs = tuple(jobs)
         self.remote = True
         self.apart = False
         self.ok_codes = frozenset({0})
-        self.nodes = NodeSet.fromlist(job.node for job in self._jobs)
+        self._nodes = NodeSet.fromlist(job.node for job in self._jobs)
         self._began_at, self._closed_at = 100.0, 100.0 + elapsed
 
 

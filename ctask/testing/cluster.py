@@ -79,7 +79,7 @@ class EmbeddedCluster:
             NodeSetError: `nodes` cannot be read.
             ValueError: `nodes` is empty.
         """
-        self.nodes = _node_set(nodes)
+        self._nodes = _node_set(nodes)
         self.user = user or _user_name()
         self._config = {"user": self.user, "port": port, "max_sessions": max_sessions}
         self._mark = secrets.token_hex(8)
@@ -88,6 +88,11 @@ class EmbeddedCluster:
         self._keeper: _Keeper | None = None
         # written once per start, whole
         self._about: dict[str, Any] = {}
+
+    @property
+    def nodes(self) -> NodeSet:
+        """A copy of the node set."""
+        return self._nodes.copy()
 
     # -- life --
 
@@ -101,7 +106,7 @@ class EmbeddedCluster:
             if self._keeper is None:
                 keeper = _Keeper(self._mark)
                 try:
-                    nodes = list(self.nodes)
+                    nodes = list(self._nodes)
                     self._about = keeper.ask({**self._config, "nodes": nodes, "program": os.getpid()})
                 except BaseException:
                     keeper.end()
@@ -132,7 +137,7 @@ class EmbeddedCluster:
 
     def __repr__(self) -> str:
         state = f"port {self.port}" if self._keeper else "closed" if self._about else "not started"
-        return f"<EmbeddedCluster {self.nodes} ({len(self.nodes)}): {state}>"
+        return f"<EmbeddedCluster {self._nodes} ({len(self._nodes)}): {state}>"
 
     # -- what to know about it --
 
@@ -166,13 +171,13 @@ class EmbeddedCluster:
         """
         self.start()
         task.node_options(
-            self.nodes,
+            self._nodes,
             user=self.user,
             port=self.port,
             identity=str(self.identity),
             known_hosts=str(self.known_hosts),
         )
-        for node in self.nodes:
+        for node in self._nodes:
             task.node_options(node, address=self.address(node))
         return self
 

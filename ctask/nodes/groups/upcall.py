@@ -124,7 +124,7 @@ class UpcallGroupSource(GroupSource):
         if "mapall" in self.upcalls:
             table = self._table()
             if group in table:
-                return table[group]
+                return list(table[group])
             if "map" not in self.upcalls:
                 raise no_such_group(group)
         try:

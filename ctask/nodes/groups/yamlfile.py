@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ctask.errors import GroupResolverConfigError
@@ -66,7 +67,7 @@ class YAMLGroupLoader:
         Raises:
             GroupResolverConfigError: the file has changed and cannot be read any more.
         """
-        return self._now().sources.get(sourcename, {})
+        return MappingProxyType(self._now().sources.get(sourcename, {}))
 
     def _now(self) -> _Read:
         read = self._read
