@@ -133,7 +133,8 @@ class Engine:
         if self._closing:  # it was on its way while the task was closed: nothing is begun any more
             self._refuse(jobs, TaskError(CLOSED))
             return
-        jobs = [job for job in jobs if job.outcome is None]  # the rest was taken back while it was scheduled
+        # The rest was taken back while it was scheduled; none is submitted twice, whatever an interrupt left half done.
+        jobs = [job for job in jobs if job.outcome is None and job not in self.run.live]
         self.run.live.update(jobs)
         for job in jobs:
             job.submitted()

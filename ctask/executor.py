@@ -64,10 +64,10 @@ class ClusterExecutor(concurrent.futures.Executor):
             self._task.close()
             raise
         self._changed = threading.Condition()
-        # Under the condition: what was started and is still held by somebody, how many submissions are on their way,
+        # Under the condition: what was started and is still held by somebody, which submissions are on their way,
         # and whether there may be new ones.
         self._workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-        self._coming = 0
+        self._coming: set[object] = set()
         self._shut = False
         self._withdrawn = False
         self._closed = False
@@ -172,23 +172,33 @@ class ClusterExecutor(concurrent.futures.Executor):
 
     def _start(self, command: CommandLike, nodes: NodesLike, options: dict[str, Any]) -> Worker:
         """Let one submission through; what it has started is known before a shutdown goes on."""
+        coming = object()
+        try:
+            return self._let_through(coming, command, nodes, options)
+        except BaseException:  # an interrupt at any point: nobody is to wait for this one
+            self._arrived(coming)
+            raise
+
+    def _let_through(
+        self, coming: object, command: CommandLike, nodes: NodesLike, options: dict[str, Any]
+    ) -> Worker:
         with self._changed:
             if self._shut:
                 raise RuntimeError("cannot submit a command after shutdown")
-            self._coming += 1
-        worker = None
-        try:
-            worker = self._task.submit(command, nodes=nodes, **options)
-        finally:
-            with self._changed:
-                self._coming -= 1
-                if worker is not None:
-                    self._workers.add(worker)
-                withdrawn = self._withdrawn
-                self._changed.notify_all()
-        if withdrawn:
+            self._coming.add(coming)
+        worker = self._task.submit(command, nodes=nodes, **options)
+        if self._arrived(coming, worker):
             worker.withdraw()
         return worker
+
+    def _arrived(self, coming: object, worker: Worker | None = None) -> bool:
+        """A submission is on its way no more; return whether what it has started is to be withdrawn."""
+        with self._changed:
+            if worker is not None:
+                self._workers.add(worker)
+            self._coming.discard(coming)
+            self._changed.notify_all()
+            return self._withdrawn
 
     def __repr__(self) -> str:
         return f"<ClusterExecutor{' (shut down)' if self._shut else ''} on {self._task!r}>"

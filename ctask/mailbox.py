@@ -57,6 +57,8 @@ class Mailbox:
         self._bell = threading.Lock()
         self._bell.acquire()
         self.busy = False
+        # Taken out of the entries, and not begun: each entry begins by taking itself from here.
+        self._taken: Callable[[Callable[[], bool], float | None], None] | None = None
         #: counts the ends of everything: what was submitted before the last of them is not read any more
         self.epoch = 0
         self.errors: list[Exception] = []
@@ -176,6 +178,13 @@ class Mailbox:
         """
         if self.busy:
             return self._wait(done, until)
+        try:
+            return self._pumped(done, until)
+        except BaseException:
+            self._interrupted()
+            raise
+
+    def _pumped(self, done: Callable[[], bool], until: float | None) -> bool:
         entries = self._entries
         while True:
             if entries:
@@ -191,8 +200,20 @@ class Mailbox:
     def turn(self, seconds: float) -> bool:
         """Run handlers of what waits, for about so many seconds, and never wait; return whether there is more."""
         if self._entries and not self.busy:
-            self._deliver(lambda: False, time.monotonic() + seconds)
+            try:
+                self._deliver(lambda: False, time.monotonic() + seconds)
+            except BaseException:
+                self._interrupted()
+                raise
         return bool(self._entries)
+
+    def _interrupted(self) -> None:
+        """Ctrl-C came, perhaps in between: no handler runs now, and what was taken up and not begun is not lost."""
+        self.busy = False
+        self._gate.end()
+        taken, self._taken = self._taken, None
+        if taken is not None and not (self._entries and self._entries[0] is taken):
+            self._entries.appendleft(taken)
 
     def _wait(self, done: Callable[[], bool], until: float | None) -> bool:
         # The handler's own wait: credit flows meanwhile, else the job that it waits for could be held back by it.
@@ -218,11 +239,13 @@ class Mailbox:
 
     def _deliver(self, done: Callable[[], bool], until: float | None) -> None:
         entries = self._entries
-        self._gate.begin()
-        self.busy = True
         try:
+            self._gate.begin()
+            self.busy = True
             while entries:
-                entries.popleft()(done, until)
+                self._taken = entries[0]
+                entry = self._taken = entries.popleft()
+                entry(done, until)
                 if self.over or done() or (until is not None and time.monotonic() >= until):
                     break
         finally:
@@ -230,6 +253,7 @@ class Mailbox:
             self._gate.end()
 
     def _each(self, callbacks: tuple[Callable[..., object], ...], *args: object) -> None:
+        self._taken = None
         for callback in callbacks:
             try:
                 callback(*args)
@@ -247,13 +271,14 @@ class Mailbox:
             self.errors.append(error if len(self.errors) < MOST_TRACEBACKS else error.with_traceback(None))
 
     def _read(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> None:
-        delivery.queued = False
         gave_way = False
         try:
+            delivery.queued = False
             if not delivery.lines and not self._silent(delivery):
                 delivery.cut(SLICE)
             gave_way = self._lines(delivery, done, until)
         finally:  # also when an interrupt comes out of a handler
+            self._taken = None
             more = delivery.lines or (delivery.reader is not None and delivery.reader.unread())
             if more and not delivery.queued and not self._silent(delivery):
                 delivery.queued = True
@@ -286,6 +311,7 @@ class Mailbox:
                 over = True
                 self._each(handlers.done, delivery.subject, delivery.node, result)
         finally:
+            self._taken = None
             if not over:
                 self._entries.appendleft(partial(self._end, delivery, rc, result))
 
@@ -305,6 +331,7 @@ class Mailbox:
             if over:
                 self._each(delivery.subject.handlers.retry, delivery.subject, delivery.node, attempt, error, delay)
         finally:
+            self._taken = None
             if not over:
                 self._entries.appendleft(partial(self._retry, delivery, attempt, error, delay))
 

@@ -8,10 +8,11 @@ single steps are atomic.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ctask.worker import Worker
 
@@ -41,12 +42,21 @@ class Roster:
         """Keep a worker for the next run."""
         self._scheduled.append(worker)
 
+    def scheduled(self) -> list[Worker]:
+        """Return what is scheduled."""
+        return list(self._scheduled)
+
     def take_scheduled(self) -> list[Worker]:
         """Return what was scheduled, and forget it."""
         taken = []
         while self._scheduled:
             taken.append(self._scheduled.popleft())
         return taken
+
+    def unschedule(self, worker: Worker) -> None:
+        """Forget that a worker was scheduled, where it was."""
+        with contextlib.suppress(ValueError):
+            self._scheduled.remove(worker)
 
     def started(self, worker: Worker, *, may_write: bool = False) -> None:
         """Add a worker whose jobs begin now; during a run it is a part of it.
@@ -64,10 +74,13 @@ class Roster:
             if self.running:
                 self._held.append(worker)
 
-    def begin(self, workers: list[Worker], *, goes_on: bool = False) -> list[Worker]:
-        """Begin a run of these workers and of what has not ended; return what must be started for it.
+    def begin(self, workers: Sequence[Worker] = (), *, goes_on: bool = False) -> list[Worker]:
+        """Begin a run of what has not ended; return what must be started for it.
+
+        An interrupt on its way loses no worker: each is scheduled until it is among what was started.
 
         Args:
+            workers: what was scheduled, and is to begin.
             goes_on: where the last one was a `join()` that was left before its end, this one has its workers as well.
         """
         with self._lock:
@@ -80,7 +93,9 @@ class Roster:
             for worker in workers:
                 worker.admit()
             self._started.extend(workers)
-        return workers
+            for worker in workers:
+                self.unschedule(worker)
+        return list(workers)
 
     def end(self, *, joined: bool = True) -> None:
         """The run is over; its view stays until the next one, or the next submission.
@@ -116,13 +131,15 @@ class Roster:
             self._prune_at = max(64, 2 * len(self._started), 2 * len(self._view))
 
     def _forget_closed(self) -> None:
-        for _ in range(len(self._started)):
-            try:
-                worker = self._started.popleft()
-            except IndexError:  # a signal handler has done the same in between
-                return
-            if not worker.closed:
-                self._started.append(worker)
+        # In single steps: an interrupt between two loses no worker, and a signal handler may do the same in between.
+        with contextlib.suppress(IndexError):
+            for _ in range(len(self._started)):
+                worker = self._started[0]
+                if worker.closed:
+                    with contextlib.suppress(ValueError):
+                        self._started.remove(worker)
+                else:
+                    self._started.rotate(-1)
 
 
 def all_closed(workers: list[Worker]) -> Callable[[], bool]:

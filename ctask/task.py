@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -186,17 +186,21 @@ class Task(gather.Gathered):
             UsageError: something in it cannot be right; nothing was sent.
         """
         worker = self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
-        if not self._roster.running:
-            self._roster.schedule(worker)
-            if self._closed or self._engine.dispatcher.error is not None:  # meanwhile: nobody would take it from there
-                self._start_scheduled()
-        elif stdin is GIVEN_NOT and self._mailbox.busy and threading.current_thread() is self.thread:
-            self._unsettled.append(worker)
-            self._start(worker, may_write=True)
-            self._mailbox.after(self._settle)
-        else:
-            self._start(worker)
-        return worker
+        try:
+            if not self._roster.running:
+                self._roster.schedule(worker)
+                if self._closed or self._engine.dispatcher.error is not None:
+                    self._start_scheduled()  # meanwhile: nobody would take it from there
+            elif stdin is GIVEN_NOT and self._mailbox.busy and threading.current_thread() is self.thread:
+                self._unsettled.append(worker)
+                self._start(worker, may_write=True)
+                self._mailbox.after(self._settle)
+            else:
+                self._start(worker)
+            return worker
+        except BaseException:
+            self._take_back([worker])
+            raise
 
     def _settle(self) -> None:
         """The handler has returned, or waits: what it has not written to by now, it leaves closed. Owner."""
@@ -220,8 +224,12 @@ class Task(gather.Gathered):
         Standard input is closed unless it is asked for. Never waits.
         """
         worker = self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
-        self._start(worker)
-        return worker
+        try:
+            self._start(worker)
+            return worker
+        except BaseException:
+            self._take_back([worker])
+            raise
 
     @overload
     def run(self, command: None = None, *, deadline: float | None = None, timeout: float | None = None) -> None: ...
@@ -258,11 +266,25 @@ class Task(gather.Gathered):
             return None
         limit("deadline", deadline)
         self._may_run("run")
-        worker = self.shell(command, **arguments)
-        self.resume(deadline)
+        worker = self._make_for_shell(command, **arguments)
+        self._resume(deadline, worker)
         if check:
             worker.check()
         return worker
+
+    def _make_for_shell(
+        self,
+        command: CommandLike,
+        *,
+        nodes: NodesLike = GIVEN_NOT,
+        key: Hashable = None,
+        handler: object = None,
+        stdin: Stdin = GIVEN_NOT,
+        expect: int | None = None,
+        allow_empty: bool = False,
+        **options: object,
+    ) -> Worker:
+        return self._make(command, nodes, key, handler, stdin, expect, allow_empty, options)
 
     def _make(
         self,
@@ -290,12 +312,25 @@ class Task(gather.Gathered):
         )
 
     def _start(self, worker: Worker, *, may_write: bool = False) -> None:
+        self._roster.started(worker, may_write=may_write)
+        self._launch(worker)
+
+    def _launch(self, worker: Worker) -> None:
         if worker.jobs:
-            self._roster.started(worker, may_write=may_write)
             self._engine.submit(worker.jobs)
+        else:
+            worker.nothing()
+
+    def _take_back(self, workers: Iterable[Worker]) -> None:
+        """Ctrl-C, or what else a signal handler raises, came while they were started: they are never run, or ended."""
+        for worker in workers:
+            self._roster.unschedule(worker)
+            worker.interrupt()
 
     def _start_scheduled(self) -> None:
-        self.refuse(self._roster.take_scheduled())
+        for worker in self._roster.scheduled():
+            self._start(worker)
+            self._roster.unschedule(worker)
 
     def refuse(self, scheduled: list[Worker]) -> None:
         """Begin what no run will begin: a task that has failed, or was closed, gives it its end. Any thread."""
@@ -318,13 +353,26 @@ class Task(gather.Gathered):
             TaskError: the task itself has failed; every node has its result all the same.
             AlreadyRunningError: inside a handler of this task.
         """
-        seconds = limit("deadline", deadline)
-        self._mailbox.check()
-        self._may_run("resume")
-        if threading.current_thread() is not self.thread:
-            self._ask(seconds)
-            return
-        self.execute(seconds, self._roster.take_scheduled())
+        self._resume(deadline)
+
+    def _resume(self, deadline: float | None, *workers: Worker) -> None:
+        try:
+            seconds = limit("deadline", deadline)
+            self._mailbox.check()
+            self._may_run("resume")
+            if threading.current_thread() is self.thread:
+                self.execute(seconds, [*self._roster.scheduled(), *workers])
+            else:
+                self._ask(seconds, [*self._roster.scheduled(), *workers])
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C, wherever it came: what was to run now does not run later
+            left = [*self._roster.scheduled(), *workers]
+            if threading.current_thread() is self.thread and not self._mailbox.busy:
+                self._interrupted(left)
+            else:
+                self._take_back(left)
+            raise
 
     def join(self, deadline: float | None = None) -> bool:
         """Wait until all that was started has ended; its workers are a run as well.
@@ -341,12 +389,13 @@ class Task(gather.Gathered):
         seconds = patience("deadline", deadline)
         until = None if seconds is None else time.monotonic() + seconds
         if threading.current_thread() is self.thread and not self._mailbox.busy:
-            done = False
             try:
-                self._roster.begin([], goes_on=True)
+                self._roster.begin(goes_on=True)
                 done = self._mailbox.pump(self._roster.all_closed(), until)
-            finally:
                 self._roster.end(joined=done)
+            except BaseException:
+                self._roster.end(joined=False)
+                raise
             self._mailbox.raise_errors()
             return done
         workers = self._roster.unfinished()
@@ -385,31 +434,46 @@ class Task(gather.Gathered):
                 f"{what}() inside a handler: this task is already running. Use task.shell() or task.submit() here."
             )
 
-    def execute(self, limit: float | None, scheduled: list[Worker]) -> None:
+    def execute(self, limit: float | None, workers: list[Worker]) -> None:
         """One run. Owner."""
-        until = None if limit is None else time.monotonic() + limit
         self._mailbox.errors = []
-        for worker in self._roster.begin(scheduled):
-            self._engine.submit(worker.jobs)
-        done = self._roster.all_closed()
         try:
-            finished = self._mailbox.pump(done, until)
-            if not finished:
-                error = CommandTimeout(f"deadline of {limit:g} s passed", curable=Curable.NEVER)
-                self._end_run(error, Outcome.TIMEOUT, done)
+            finished = self._performed(limit, workers)
         except BaseException:
-            # Ctrl-C, or a handler that wants out: all is ended, and who waits is told. Firmware is not killed for it.
-            self._end_run(Aborted("interrupted"), Outcome.ABORTED, done, at_most="term")
+            # Ctrl-C, or a handler that wants out, wherever in the run it came: all is ended, and who waits is told.
+            try:
+                self._interrupted(workers)
+            finally:
+                self._roster.end()
             raise
-        finally:
-            self._roster.end()
         if not finished:
             late = TaskTimeout(f"the run's deadline of {limit:g} s has passed; results so far are kept")
             raise late from self._mailbox.take_errors()
         self._mailbox.raise_errors()
 
-    def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool], at_most: str = "kill") -> None:
-        self._engine.stop(outcome, error, DEADLINE_WITHIN, at_most)
+    def _performed(self, limit: float | None, workers: list[Worker]) -> bool:
+        until = None if limit is None else time.monotonic() + limit
+        for worker in self._roster.begin(workers):
+            self._launch(worker)
+        done = self._roster.all_closed()
+        finished = self._mailbox.pump(done, until)
+        if not finished:
+            error = CommandTimeout(f"deadline of {limit:g} s passed", curable=Curable.NEVER)
+            self._end_run(error, Outcome.TIMEOUT, done)
+        self._roster.end()
+        return finished
+
+    def _interrupted(self, workers: list[Worker]) -> None:
+        """End all, and have the ends told; what handlers start on being told of them is taken back."""
+        left = [one for one in (*self._roster.unfinished(), *workers) if not one.closed]
+        # What was sent is ended by this. Firmware is not killed for it.
+        self._engine.stop(Outcome.ABORTED, Aborted("interrupted"), DEADLINE_WITHIN, "term")
+        self._take_back(left)
+        self._mailbox.pump(lambda: all(one.closed for one in left), time.monotonic() + RETURN_WITHIN)
+        self._take_back([*self._roster.scheduled(), *self._roster.unfinished()])
+
+    def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool]) -> None:
+        self._engine.stop(outcome, error, DEADLINE_WITHIN)
         self._mailbox.pump(done, time.monotonic() + RETURN_WITHIN)
 
     def wait_for(
@@ -436,13 +500,18 @@ class Task(gather.Gathered):
             self._settle()
         return self._mailbox.pump(done if heard is None or self._mailbox.busy else heard, until)
 
-    def _ask(self, limit: float | None) -> None:
-        scheduled = self._roster.take_scheduled()
-        if self._own is not None:
-            self._own.ask(limit, scheduled)
-            return
-        for worker in scheduled:
-            self._start(worker)
+    def _ask(self, limit: float | None, workers: list[Worker]) -> None:
+        """Have the owner run these workers; where its thread is not ours, start them."""
+        try:
+            for worker in workers:
+                self._roster.unschedule(worker)
+                if self._own is None:
+                    self._start(worker)
+            if self._own is not None:
+                self._own.ask(limit, workers)
+        except BaseException:
+            self._take_back(workers)
+            raise
         self._mailbox.wake()
 
     def _sources(self) -> Sequence[gather.Source]:

@@ -122,8 +122,6 @@ class Worker(gather.Gathered):
             future = Future(self.task, job.node, self._canceller(job), self.admission)
             # By the job as well: what a program's keys do when they are compared is not for the dispatcher to bear.
             self._future_of[job] = self._futures[job.node] = future
-        if not self._jobs:
-            self._closed = True
 
     def _canceller(self, job: Job) -> Callable[[], None]:
         def cancel() -> None:
@@ -185,6 +183,20 @@ class Worker(gather.Gathered):
     def _sources(self) -> Sequence[gather.Source]:
         return (self,)
 
+    def nothing(self) -> None:
+        """It has no jobs: tell its start and its end, as of any other. Any thread."""
+        self._run.post(None, self._nothing)
+
+    def _nothing(self) -> None:
+        self.starts()
+        self._last_ended()
+        self._run.mailbox.wake()
+
+    def interrupt(self) -> None:
+        """End what has not ended, also what was not submitted yet, as Ctrl-C does: with TERM at most. Never waits."""
+        if not self.done():
+            self._end(self._jobs, "term")
+
     # -- told by its jobs; dispatcher ------------------------------------------------------------------------
 
     def starts(self) -> None:
@@ -244,7 +256,7 @@ class Worker(gather.Gathered):
     @property
     def closed(self) -> bool:
         """Whether every job has its outcome and its events were delivered."""
-        return (self._closed or self._run.mailbox.over) and self.done()
+        return (self._closed or self._run.mailbox.over or not (self._jobs or self.admission.given)) and self.done()
 
     def done(self) -> bool:
         """Whether every job has its outcome."""

@@ -36,8 +36,8 @@ LIMITS = {
     "ctask/transports/ssh/transport.py": 610,
     "ctask/job.py": 520,
     "ctask/options.py": 520,
-    "ctask/task.py": 640,
-    "ctask/worker.py": 620,
+    "ctask/task.py": 660,
+    "ctask/worker.py": 640,
 }
 
 #: The public face, `ctask/__init__.py`.
