@@ -216,7 +216,7 @@ def _kex(name: str, value: object) -> tuple[str, ...]:
     """Return the methods that a list in the form of ssh_config(5), KexAlgorithms, names: of those that ctask has."""
     items = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(item, str) for item in items):
-        raise OptionError(f"{name} is a list of methods of key exchange, as KexAlgorithms of ssh_config, not {shown(value)}")
+        raise OptionError(f"{name} is a list of methods of key exchange, as KexAlgorithms has it, not {shown(value)}")
     text = ",".join(map(str, items))
     sign = text[:1] if text[:1] in ("+", "-", "^") else ""
     patterns = [part.strip() for part in text.removeprefix(sign).split(",")]
