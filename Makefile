@@ -13,7 +13,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE = $(VENV)/.made-$(VERSION)-
 BIN = $(VENV)/bin
 
-.PHONY: help demo shell test strict check bench bundle clean
+.PHONY: help demo shell test plain load strict check bench bundle clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,6 +30,14 @@ test: $(MADE)test ## the whole suite; a quick run: ARGS="-m 'not slow and not ni
 	@sh tools/setup-test.sh
 	@echo "ctask: running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+plain: ## the quick run as a plain account, in a copy, by Debian's /usr/bin/python3 (as root)
+	@sh tools/setup-test.sh
+	@sh tools/plain.sh $(ARGS)
+
+load: $(MADE)test ## what depends on threads having their turn, ten times beside two busy loops (90 s at most)
+	@sh tools/setup-test.sh
+	@sh tools/load.sh $(BIN)/python $(ARGS)
 
 # Asserts carry no behaviour, nothing is left to the collector. Only the helpers' own asserts are not made here.
 strict: $(MADE)test ## the suite once more under python -O, -X dev and -W error (row I06; nightly)

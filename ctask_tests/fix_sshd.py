@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import grp
 import hashlib
 import itertools
 import os
@@ -44,6 +45,7 @@ __all__ = [
     "known_hosts_line",
     "make_key",
     "no_process_left",
+    "tied_to_us",
     "write_known_hosts",
 ]
 
@@ -314,9 +316,7 @@ class Sshd:
         if self._mounts:
             lines = ["set -e", "FOLDER=$1", "shift", self._mounts, 'exec "$@"']
             command = ["unshare", "--mount", "--", "sh", "-c", "\n".join(lines), "sh", str(self.folder), *command]
-        # By a wrapper and not by preexec_fn, which is not safe (and warned of) beside threads.
-        if shutil.which("setpriv") is not None:
-            command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+        command = [*tied_to_us(), *command]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -368,6 +368,19 @@ def find_sshd() -> str:
             pytest.fail(text)
         pytest.skip(text)
     return program
+
+
+@functools.cache
+def tied_to_us() -> tuple[str, ...]:
+    """Return what stands before a command that is to die with this process; nothing where that cannot be had.
+
+    A wrapper and not preexec_fn, which is not safe (and warned of) beside threads.
+    """
+    wrapper = ("setpriv", "--pdeathsig", "KILL", "--")
+    with suppress(OSError):
+        if subprocess.run([*wrapper, "true"], check=False, capture_output=True).returncode == 0:
+            return wrapper
+    return ()  # util-linux before 2.33, or busybox
 
 
 def make_key(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> str:
@@ -427,6 +440,13 @@ def no_process_left(server: Sshd) -> Iterator[None]:
 
 
 @pytest.fixture
+def terminals() -> None:
+    """Skip the test where this account's sshd can give no terminal."""
+    if not _gives_terminals():
+        pytest.skip("sshd gives no terminal: it is not root's, and /dev/pts is mounted without gid=")
+
+
+@pytest.fixture
 def sshd_factory() -> Iterator[SshdFactory]:
     """Start servers with options of their own, stopped when the test ends."""
     servers: list[Sshd] = []
@@ -456,6 +476,21 @@ def _account() -> str:
         subprocess.run(command, check=False, capture_output=True)
         time.sleep(0.05)
     raise RuntimeError(f"no account {ACCOUNT!r}, and useradd cannot make it")
+
+
+@functools.cache
+def _gives_terminals() -> bool:
+    """Whether sshd can have a terminal of the group that it asks for; where it cannot, it ends the connection."""
+    if os.geteuid() == 0:
+        return True
+    with suppress(KeyError):
+        group = grp.getgrnam("tty").gr_gid
+        leader, follower = os.openpty()
+        made = os.fstat(follower).st_gid
+        os.close(leader)
+        os.close(follower)
+        return group in {made, *os.getgroups()}
+    return True
 
 
 @functools.cache

@@ -392,7 +392,7 @@ def lines_until(stream: Any, count: int) -> list[bytes]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: int) -> None:
-    with cli.start("--stdin", "-w", TWO, "echo up; cat", stdin=subprocess.PIPE) as process:
+    with cli.start("--stdin", "-w", TWO, "echo up; exec cat", stdin=subprocess.PIPE) as process:
         assert sorted(lines_until(process.stdout, 2)) == [b"127.0.1.1: up\n", b"127.0.1.2: up\n"]
         began = time.monotonic()
         process.send_signal(number)
@@ -405,7 +405,7 @@ def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: in
     lines = err.splitlines()
     assert lines[0] == f"ctask: interrupted, without {TWO} (2 of 2)"
     assert lines[1].endswith(": none exit 0 · 2 in trouble")
-    assert lines[2].startswith(f"  interrupted  {TWO}  ended: 2 processes, seen to be gone")
+    assert lines[2].startswith(f"  interrupted  {TWO}  ended: 1 process, seen to be gone")
     assert lines[3:] == [f"ctask: exit {status}"]
 
 

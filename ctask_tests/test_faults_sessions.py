@@ -110,6 +110,7 @@ def test_d03_a_forced_command_gives_its_own_output_and_status(task: Task, sshd_f
     assert is_well(found[WELL])
 
 
+@pytest.mark.usefixtures("terminals")
 def test_d03_without_a_terminal_to_be_had_nothing_is_run(task: Task, sshd_factory: SshdFactory) -> None:
     server = sshd_factory()
     bare = server.new_key("bare")
@@ -195,6 +196,7 @@ def test_d05_channels_that_the_node_asks_for_are_refused(task: Task, hostile: Ho
 # -- a terminal --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("terminals")
 def test_a_terminal_merges_the_streams_and_is_one(task: Task) -> None:
     command = "test -t 0 && test -t 1 && test -t 2 && echo out; echo err >&2; stty size; exit 5"
     result = outcomes(run(task, command, [WELL], pty=True, stdin=True))[WELL]
@@ -209,6 +211,7 @@ def test_without_being_asked_for_there_is_no_terminal(task: Task) -> None:
     assert result.stdout == b"none\n"
 
 
+@pytest.mark.usefixtures("terminals")
 def test_p15_a_terminal_ends_its_command_where_ctask_ends_the_job(task: Task, sshd: Sshd) -> None:
     worker = task.shell("echo $$; exec sleep 50", nodes=[WELL], pty=True)
     worker.on("read", lambda worker, node, sname, msg: worker.abort())

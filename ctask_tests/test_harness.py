@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctask_tests.fix_leaks import Snapshot, children_of, find_leaks, settle, wait_until
-from ctask_tests.fix_sshd import Sshd, find_sshd, fingerprint, public_key
+from ctask_tests.fix_sshd import Sshd, find_sshd, fingerprint, public_key, tied_to_us
 from ctask_tests.plain_ssh import ssh, start_ssh
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def test_sessions_are_found_and_killed_by_node(sshd_factory: SshdFactory) -> Non
 
 
 def test_sshd_dies_with_the_process_that_started_it() -> None:
+    find_sshd()
+    if not tied_to_us():
+        pytest.skip("no setpriv that knows --pdeathsig (util-linux 2.33)")
     program = (
         "import time\nfrom ctask_tests.fix_sshd import Sshd\n"
         "server = Sshd(); server.start(); print(server.port, server.folder, flush=True); time.sleep(60)"

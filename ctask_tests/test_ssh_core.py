@@ -390,6 +390,7 @@ def test_data_beyond_the_window_ends_the_connection(sshd: Sshd) -> None:
             session.packet(MSG_CHANNEL_DATA, bytes(5) + size.to_bytes(4, "big") + bytes(size))
 
 
+@pytest.mark.usefixtures("terminals")
 def test_a_terminal_merges_the_streams(sshd: Sshd) -> None:
     with connected(target_for(sshd.options(), sshd.address(1))) as connection:
         sink = RecordingSink()

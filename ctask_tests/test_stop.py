@@ -497,6 +497,7 @@ def test_f06_a_timeout_ends_the_command_on_its_node(ssh: Task) -> None:
     assert is_well(outcomes(well)[WELL])
 
 
+@pytest.mark.usefixtures("terminals")
 def test_f11_a_timeout_ends_a_command_with_a_terminal(ssh: Task) -> None:
     began = time.monotonic()
     worker = run(ssh, "trap '' TERM HUP; echo $$; exec sleep 60", ["sick", WELL], timeout=0.3, stop_grace=0.3, pty=True)

@@ -119,8 +119,17 @@ def barrier(watch: Watcher) -> None:
         assert passed.wait(5)
 
 
-def _held(hold: threading.Event) -> None:
-    assert hold.wait(5)
+def held(watch: Watcher) -> threading.Event:
+    """Return when the watcher stands still: it does until the event is set."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        begun.set()
+        go_on.wait(5)
+
+    watch.call(stand)
+    assert begun.wait(5)
+    return go_on
 
 
 def look_up(monkeypatch: pytest.MonkeyPatch, table: Callable[[str], Any]) -> None:
@@ -294,12 +303,11 @@ class TestDescriptors:
             quiet.append(quiet_write)
 
         quiet: list[int] = []
-        hold = threading.Event()
-        watch.call(lambda: _held(hold))
+        go_on = held(watch)
         for read, write in (first, second):
             watch.watch(read, select.EPOLLIN, swap)
             os.write(write, b"x")
-        hold.set()
+        go_on.set()
         wait_until(lambda: quiet)
         barrier(watch)
         assert (len(quiet), wrong) == (1, [])
@@ -311,8 +319,7 @@ class TestDescriptors:
     def test_long_queues_do_not_keep_descriptors_waiting(self, watch: Watcher) -> None:
         read, write = os.pipe()
         order: list[str] = []
-        hold = threading.Event()
-        watch.call(lambda: _held(hold))
+        go_on = held(watch)
         watch.watch(read, select.EPOLLIN, lambda _: order.append(os.read(read, 1).decode()))
         os.write(write, b"r")
 
@@ -322,7 +329,7 @@ class TestDescriptors:
 
         for _ in range(100):
             watch.call(slow_call)
-        hold.set()
+        go_on.set()
         wait_until(lambda: len(order) == 101)
         assert order.index("r") < 50
         watch.unwatch(read)

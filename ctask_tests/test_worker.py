@@ -353,6 +353,7 @@ def test_input_as_bytes_and_as_a_function_of_the_node(task: Task, sshd: Sshd) ->
     assert [(str(out), len(at)) for out, at in task.iter_buffers()] == [("for all", 2)]
 
 
+@pytest.mark.usefixtures("terminals")
 def test_a_terminal_by_choice(task: Task, sshd: Sshd) -> None:
     task.run("test -t 0 && echo terminal; echo err >&2", nodes=sshd.address(1), pty=True, **sshd.options())
     assert task.node_buffer(sshd.address(1)) == "terminal\nerr"
