@@ -62,9 +62,9 @@ def is_well(result: NodeResult) -> bool:
 
 
 @contextlib.contextmanager
-def takes(least: float) -> Iterator[None]:
-    """Hold the block to its time: never early, late by at most `LATE`."""
+def takes(least: float, *, late: float = LATE) -> Iterator[None]:
+    """Hold the block to its time: never early, and at most so late."""
     began = time.monotonic()
     yield
     spent = time.monotonic() - began
-    assert least <= spent <= least + LATE, f"{spent:.3f} s"
+    assert least <= spent <= least + late, f"{spent:.3f} s"

@@ -135,6 +135,7 @@ sys.exit(5)
         assert child.errors() == ""
 
 
+@pytest.mark.load
 def test_b03_a_resolver_that_hangs_holds_neither_the_run_nor_the_exit() -> None:
     program = """
 import socket

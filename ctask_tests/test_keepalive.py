@@ -184,6 +184,7 @@ def sick(sshd: Sshd, **options: Any) -> dict[str, Any]:
     return {"address": sshd.address(NODE), **options}
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     ("command", "printed"),
     [("exec sleep 60", b""), ("printf half; exec sleep 60", b"half"), ("echo whole; exec yes", b"whole\n")],

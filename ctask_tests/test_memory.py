@@ -73,6 +73,7 @@ assert kept.stdout == numbered("n7", SIZE)
 )
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_p8_a_thousand_nodes_that_print_the_same_megabyte_are_one_copy() -> None:
     with Child(SAME) as child:

@@ -99,6 +99,7 @@ def test_a_task_of_its_own_is_that_thread_s_task(fake: FakeTransport) -> None:
     assert seen == [own]
 
 
+@pytest.mark.load
 def test_join_of_another_thread_s_task_is_over_in_time(fake: FakeTransport) -> None:
     own = Task()
     worker = own.run("x", nodes="hang")
