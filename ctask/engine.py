@@ -23,6 +23,7 @@ from ctask.ending import Batch, Endings
 from ctask.errors import NodeError, TaskError, TaskFailed
 from ctask.errors.text import told
 from ctask.gate import Gate
+from ctask.interpreter import check_interpreter
 from ctask.job import Job
 from ctask.mailbox import Mailbox
 from ctask.making import ConnectionMaking
@@ -54,9 +55,13 @@ class Engine:
         name: of the task; its threads are named after it.
         fanout: slots.
         queue_limit: bytes that may wait for handlers while the owner delivers.
+
+    Raises:
+        TaskError: ctask does not run in this interpreter.
     """
 
     def __init__(self, name: str, fanout: int, queue_limit: int) -> None:
+        check_interpreter()
         self._name = name
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()

@@ -55,6 +55,7 @@ FLOORS = {
     "result": 1,
     "states": 1,
     "buffers": 1,
+    "interpreter": 1,
     "handler": 1,
     "retry": 1,
     "command": 1,

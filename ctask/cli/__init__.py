@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CtaskError as error:
         terminal.say(f"ctask: {error}")
         return 1
+    except ImportError as error:
+        if error.name != "paramiko":
+            raise
+        terminal.say(f"ctask: {error}")
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

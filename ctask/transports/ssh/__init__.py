@@ -15,7 +15,7 @@ from typing import cast
 
 from ctask.options import Target
 from ctask.transports.base import Connection
-from ctask.transports.ssh import hostkeys, keys, wire
+from ctask.transports.ssh import _paramiko, hostkeys, keys, wire  # noqa: F401 (the first refuses a wrong paramiko)
 from ctask.transports.ssh.connection import SshConnection, connect
 from ctask.transports.ssh.pool import ConnectionPool, Statistics
 
