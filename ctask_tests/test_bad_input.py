@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ctask import (
 )
 from ctask.testing import FakeTransport, close_everything
 from ctask_tests.fake_nodes import Recorder, nodes
+from ctask_tests.fix_hostile import HostileFactory
 from ctask_tests.fix_sshd import Sshd
 
 Verb = Callable[..., Any]
@@ -67,6 +69,10 @@ def check_nothing_happened(task: Task, fake: FakeTransport) -> None:
         pytest.param({"nodes": NodeSet()}, UsageError, "node set is empty", id="A09-set"),
         pytest.param({"nodes": None}, UsageError, "say which nodes; leave nodes out", id="A09-none"),
         pytest.param({"nodes": 5}, UsageError, "node set or names", id="A09-number"),
+        pytest.param({"nodes": " "}, UsageError, "node set is empty", id="A09-blank"),
+        pytest.param({"nodes": "n[1-3]!n[1-3]"}, UsageError, "node set is empty", id="A09-nothing-left"),
+        pytest.param({"nodes": "@nogroup"}, UsageError, "there are no node groups", id="A09-group"),
+        pytest.param({"nodes": "*"}, UsageError, "there are no node groups", id="A09-star"),
         pytest.param({"nodes": "n[1-3],-oProxyCommand=x"}, NodeNameError, "read as an option", id="A06-proxy"),
         pytest.param({"nodes": ["--help"]}, NodeNameError, "read as an option", id="A06-help"),
         pytest.param({"nodes": "../x"}, NodeNameError, "path", id="A05-path"),
@@ -75,8 +81,16 @@ def check_nothing_happened(task: Task, fake: FakeTransport) -> None:
         pytest.param({"nodes": ["a\nb"]}, NodeNameError, "white space", id="A05-newline"),
         pytest.param({"nodes": ["$HOME"]}, NodeNameError, "shell", id="A05-shell"),
         pytest.param({"nodes": ["root@n1"]}, NodeNameError, "login", id="A05-login"),
+        pytest.param({"nodes": "é1"}, NodeNameError, r"'\\xe91': only ASCII", id="A07-accent"),
+        pytest.param({"nodes": "ﬁle"}, NodeNameError, r"'\\ufb01le': only ASCII", id="A07-ligature"),
+        pytest.param({"nodes": ["n1", "a\u202eb"]}, NodeNameError, r"'a\\u202eb': only ASCII", id="A07-direction"),
+        pytest.param({"nodes": "a[１-３]"}, NodeSetError, "position 3: .*the ASCII digits", id="A07-digits"),
         pytest.param({"nodes": "n[1-3"}, NodeSetError, r"at position 2: ", id="A01-bracket"),
         pytest.param({"nodes": "n[1-100001]"}, NodeSetError, "100,001 nodes are more than 100,000", id="A02-many"),
+        pytest.param({"nodes": "a[0-999999999999]"}, NodeSetError, "1,000,000,000,000 nodes are more", id="A02-range"),
+        pytest.param({"nodes": "a[1-1000]b[1-1000]"}, NodeSetError, "1,000,000 nodes are more than", id="A02-product"),
+        pytest.param({"nodes": "n[1" + "," * 10_000 + "2]"}, NodeSetError, "position 5: empty range", id="A02-commas"),
+        pytest.param({"nodes": "n[" * 10_000}, NodeSetError, "inside a bracket", id="A02-brackets"),
         pytest.param({"nodes": "n[1-3]", "expect": 4}, UsageError, r"expected 4 nodes, and there are 3", id="expect"),
         pytest.param({"command": "a\0b"}, CommandError, "NUL at 1", id="A10-nul"),
         pytest.param({"command": b"a\0b"}, CommandError, "NUL at 1", id="A10-nul-bytes"),
@@ -92,6 +106,7 @@ def check_nothing_happened(task: Task, fake: FakeTransport) -> None:
         pytest.param({"timeout": True}, OptionError, "number of seconds", id="A11-bool"),
         pytest.param({"drain_timeout": "2"}, OptionError, "number of seconds", id="A11-text"),
         pytest.param({"fanout": -3}, OptionError, "option of the whole task", id="A11-fanout"),
+        pytest.param({"env": {"A": "1"}}, OptionError, "no such option: 'env'", id="A12-env"),
         pytest.param({"tiemout": 3}, OptionError, "did you mean 'timeout'", id="option"),
         pytest.param({"user": "-oX"}, OptionError, "user is a text", id="user"),
         pytest.param({"port": 70_000}, OptionError, "1 to 65535", id="port"),
@@ -207,6 +222,30 @@ def test_a04_a_node_that_is_named_twice_runs_once(task: Task, fake: FakeTranspor
     assert len(fake.sessions) == 4
 
 
+def test_a04_a_node_that_is_named_twice_runs_once_on_the_node(task: Task, sshd: Sshd, tmp_path: Path) -> None:
+    mark = sshd.folder / f"ran-{tmp_path.name}"
+    story = Recorder()
+    with mark.open("w"):
+        mark.chmod(0o666)
+    nodes = f"{NODE},{NODE},127.0.1.[1-2]"
+    task.run(f"echo $SSH_CONNECTION >>{mark}", nodes=nodes, handler=story, expect=2, **sshd.options())
+    ran = sorted(line.split()[2] for line in mark.read_text().splitlines())
+    mark.unlink()
+    assert ran == [NODE, "127.0.1.2"]
+    assert story.names().count("pickup") == 2
+
+
+def test_a12_no_environment_is_sent(task: Task, hostile: HostileFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a variable is to be on a node stands in the command: sshd takes hardly any (AcceptEnv), and says nothing.
+    monkeypatch.setenv("LC_ALL", "C")
+    server = hostile()
+    for pty in (False, True):
+        worker = task.run("true", nodes="n1", address=server.address, pty=pty, **server.options())
+        assert worker is not None
+        assert worker.result("n1").rc == 0
+    assert "env" not in server.seen.requests
+
+
 def test_an_empty_set_that_may_be(task: Task, fake: FakeTransport) -> None:
     story = Recorder()
     worker = task.run("true", nodes="", allow_empty=True, handler=story, check=True)
@@ -225,9 +264,11 @@ def test_a10_bytes_go_to_the_node_as_they_are(task: Task, sshd: Sshd) -> None:
     worker = task.run(b"printf %s \xff\xfe", nodes=NODE, **sshd.options())
     assert worker is not None
     assert worker.result(NODE).stdout == b"\xff\xfe"
-    text = "é" * 60_000  # just under the limit, as UTF-8
-    worker = task.run(f"printf %s {text} | wc -c", nodes=NODE, **sshd.options())
-    assert task.node_buffer(NODE) == "120000"
+    # The longest that is taken, in bytes, is the longest that a node's shell can be given.
+    before, after = "printf %s ", "| wc -c"
+    text = "é" * ((131_071 - len(before) - len(after)) // 2)
+    worker = task.run(f"{before}{text}{after}", nodes=NODE, **sshd.options())
+    assert task.node_buffer(NODE) == str(len(text) * 2)
 
 
 def test_bad_input_on_real_nodes_makes_no_connection(task: Task, sshd: Sshd) -> None:

@@ -83,6 +83,23 @@ def test_d01_a_refusal_does_not_end_what_runs_on_the_same_connection(task: Task,
     assert server.seen.commands == [b"first"]
 
 
+# -- D02: MaxSessions --------------------------------------------------------------------------------------------
+
+
+def test_d02_a_server_that_allows_no_session_is_told_as_that(task: Task, sshd_factory: SshdFactory) -> None:
+    server = sshd_factory("MaxSessions 0")
+    task.node_options("sick", address=server.address(2), **server.options())
+    ends = Ends()
+    worker = run(task, "true", ["sick", WELL], handler=ends)
+    found = outcomes(worker)
+    sick = found["sick"]
+    assert (sick.outcome, sick.rc, sick.ran, sick.phase) == (Outcome.UNREACHED, 255, False, "open")
+    assert isinstance(sick.error, SessionRefused)
+    assert "MaxSessions" in sick.why
+    assert (ends.hups, sorted(ends.dones), ends.closes) == ({"sick": 255, WELL: 0}, ["sick", WELL], [False])
+    assert is_well(found[WELL])
+
+
 # -- D03: the command is refused, forced, or has no terminal -----------------------------------------------------
 
 
