@@ -157,9 +157,14 @@ def test_standard_input_is_whole_and_back_pressure_holds(cluster: EmbeddedCluste
         writer.join()
 
 
-def test_input_that_nobody_reads_is_taken_and_dropped(cluster: EmbeddedCluster) -> None:
+def test_input_that_nobody_reads_is_taken_and_dropped(cluster: EmbeddedCluster, tmp_path: Path) -> None:
+    sent = tmp_path / "sent"
     with Client(cluster, "demo1") as client:
-        assert client.run("exec <&-; sleep 0.1; echo done", b"x" * 4_000_000)[1] == "done\n"
+        channel = client.channel()
+        channel.exec_command(f"exec <&-; until [ -e {sent} ]; do sleep 0.02; done; echo done")
+        channel.sendall(b"x" * 4_000_000)
+        sent.touch()
+        assert channel.makefile("rb").read() == b"done\n"
 
 
 def test_output_stays_within_the_window(cluster: EmbeddedCluster) -> None:
