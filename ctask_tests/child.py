@@ -28,7 +28,9 @@ from ctask import *
 from ctask.testing import close_everything
 GIVEN = {given!r}
 def say(*words):
-    print(*words, flush=True)
+    # One piece, and not the end of the line after another thread's words, as print writes it.
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")
+    sys.stdout.flush()
 def wait_until(true):
     end = time.monotonic() + 10
     while not true():

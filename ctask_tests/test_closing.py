@@ -62,6 +62,7 @@ def every(worker: Worker) -> list[Any]:
 # -- posts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("error", [None, SystemExit(1)], ids=["stopped", "died"])
 def test_each_post_is_carried_out_or_returned_however_it_races_the_end(
     error: BaseException | None, caplog: pytest.LogCaptureFixture
@@ -440,6 +441,7 @@ atexit.register(wait)  # after ctask has closed everything
 """
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("own", [False, True], ids=["task_self", "own thread"])
 def test_submissions_that_race_the_interpreter_s_end_are_told(own: bool) -> None:
     with Child(PROGRAM, own=own) as child:
