@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GroupResolverConfig`: the sources that `groups.conf` tells of, and where such files are looked for.
+"""`GroupResolverConfig`: the sources of `groups.conf` and `groups.d`, and where these are looked for.
 
 Runs in any thread. The files are read at the first question, under a lock of its own, by one thread while the others
 wait; nothing but files is read there.
@@ -8,15 +8,25 @@ wait; nothing but files is read there.
 from __future__ import annotations
 
 import configparser
+import copy
 import logging
 import os
 import shlex
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from ctask.errors import GroupResolverConfigError, GroupSourceError
+from ctask.errors import (
+    GroupResolverConfigError,
+    GroupSourceError,
+    GroupSourceNoUpcall,
+    NodeSetExternalError,
+    NoSuchGroup,
+)
 from ctask.errors.text import printable
+from ctask.nodes.groups import trust
 from ctask.nodes.groups.resolver import GroupResolver
 from ctask.nodes.groups.source import GroupSource
 from ctask.nodes.groups.upcall import UpcallGroupSource
@@ -31,6 +41,12 @@ log = logging.getLogger("ctask.nodes.groups")
 SYSTEM_FOLDERS: Sequence[Path] = (Path("/etc/clustershell"), Path("/etc/ctask"))
 
 _MAIN = "Main"
+_MAIN_KEYS = ("default", "confdir", "groupsdir", "autodir")
+_UPCALLS = ("map", "all", "list", "reverse", "mapall")
+_TIMES = ("cache_time", "timeout")
+
+#: Seconds that a source may take to say whether it has a group too which another one has.
+RIVAL_TIMEOUT = 5.0
 
 
 def config_paths(name: str) -> list[Path]:
@@ -40,14 +56,24 @@ def config_paths(name: str) -> list[Path]:
     that a site that has node groups for ClusterShell has them for ctask. Folders that `pip` fills
     (``~/.local/etc``, ``{prefix}/etc``) are left out: what it puts there are examples, with nodes that do not exist.
     """
+    return [path / name for path, _ in _folders()]
+
+
+def _folders() -> list[tuple[Path, bool]]:
+    """Return the folders of `config_paths`, and whether each is ClusterShell's."""
     environment = os.environ
-    home = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
-    folders = [*SYSTEM_FOLDERS, home / "clustershell", home / "ctask"]
-    folders += [Path(environment[key]) for key in ("CLUSTERSHELL_CFGDIR", "CTASK_CFGDIR") if environment.get(key)]
+    home = environment.get("XDG_CONFIG_HOME") or ""
+    if not os.path.isabs(home):  # as its specification has it: a relative one is to be ignored
+        home = "~/.config"
+    folders = [(path, path.name == "clustershell") for path in SYSTEM_FOLDERS]
+    folders += [(Path(home, name), name == "clustershell") for name in ("clustershell", "ctask")]
+    for key, theirs in (("CLUSTERSHELL_CFGDIR", True), ("CTASK_CFGDIR", False)):
+        if environment.get(key):
+            folders.append((Path(environment[key]), theirs))
     found = []
-    for folder in folders:
+    for folder, theirs in folders:
         try:
-            found.append(folder.expanduser() / name)
+            found.append((folder.expanduser(), theirs))
         except RuntimeError:  # an account without a home
             continue
     return found
@@ -61,7 +87,12 @@ def set_std_group_resolver_config(filename: str | os.PathLike[str], illegal_char
 class GroupResolverConfig(GroupResolver):
     """The sources of `groups.conf`: all files of the list are read as one, and what stands in a later one wins.
 
-    Where none of the files is there, `groups.d/*.yaml` beside them is read all the same.
+    `groups.d/*.yaml` beside each of them is read as well, whether the file is there or not, unless `autodir` in it,
+    or in a later one, says otherwise. In ClusterShell's folders that holds only as long as none of these has a
+    `groups.conf`: ClusterShell reads what `autodir` names and nothing else.
+
+    A file that another account owns or may write to is refused, and so is one that a folder leads to in which another
+    account may put a file in its place.
 
     Thread safety: any thread may ask. The files are read once, at the first question; who fails leaves it to the next.
 
@@ -77,97 +108,244 @@ class GroupResolverConfig(GroupResolver):
         self.filenames = config_paths("groups.conf") if filenames is None else [Path(name) for name in filenames]
         self._loading = threading.Lock()  # taken before the resolver's own, never after it
         self._loaded = False
+        self._rivals: Sequence[GroupSource] = ()
+        self._told: set[str] = set()  # groups; told twice where two threads are the first, which does no harm
+
+    def group_nodes(self, group: str, source: str | None = None) -> list[str]:
+        """Return the words of a group; warn, once, where a second source has it and no `default` chose between them."""
+        found = super().group_nodes(group, source)
+        if source is None and self._rivals and group not in self._told:
+            self._told.add(group)
+            self._tell_rivals(group)
+        return found
 
     def _load(self) -> None:
         if self._loaded:
             return
         with self._loading:
             if not self._loaded:
-                sources, default = _Reader(self.filenames).read()
-                self._sources, self._default = sources, default
+                sources, default, rivals = _Reader(self.filenames).read()
+                self._sources, self._default, self._rivals = sources, default, rivals
                 self._loaded = True
+
+    def _default_chosen(self) -> None:
+        self._rivals = ()
+
+    def _tell_rivals(self, group: str) -> None:
+        shown, name = printable(group), self._default or ""
+        remedy = f"say 'default: {name}' in [Main] of groups.conf, or write @{name}:{shown}"
+        for rival in self._rivals:
+            what = f"source {rival.name} ({rival.origin})"
+            try:
+                has = _has(rival, group)
+            except NodeSetExternalError as error:
+                text = "@%s is that of source %s; %s could not be asked for it: %s; %s"
+                log.warning(text, shown, name, what, error, remedy)
+                continue
+            if has:
+                mine = self._sources[name].origin
+                log.warning("@%s is that of source %s (%s), and %s has one too: %s", shown, name, mine, what, remedy)
 
     def _nowhere(self) -> str:
         folders = ", ".join(str(path.parent) for path in self.filenames)
         return f"no groups.conf, and no groups.d/*.yaml, in {folders}"
 
 
+def _has(source: GroupSource, group: str) -> bool:
+    """Return whether a source has a group, within `RIVAL_TIMEOUT` for each of its commands."""
+    if isinstance(source, UpcallGroupSource):
+        source = copy.copy(source)  # with the same cache
+        source.timeout = min(source.timeout, RIVAL_TIMEOUT)
+    try:
+        return group in source.resolv_list()
+    except GroupSourceNoUpcall:
+        pass
+    try:
+        return bool(source.resolv_map(group))
+    except NoSuchGroup:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A place of `groups.conf`, and what stands there."""
+
+    path: Path
+    rank: int  # the stronger, the higher
+    theirs: bool  # ClusterShell's
+    parser: configparser.ConfigParser | None
+
+    @property
+    def main(self) -> Mapping[str, str]:
+        """Its section `[Main]`."""
+        return self.parser[_MAIN] if self.parser is not None and self.parser.has_section(_MAIN) else {}
+
+
+@dataclass(slots=True)
+class _Found:
+    """A source, and what its place among the others is decided by."""
+
+    source: GroupSource
+    path: Path
+    rank: int
+    order: int  # groups.d beside groups.conf, then confdir, autodir, sections
+
+
 class _Reader:
     """Reads the files, once."""
 
     def __init__(self, filenames: Sequence[Path]) -> None:
-        self._filenames = filenames
-        self._sources: dict[str, GroupSource] = {}
+        # a folder that both are told to look in is ours
+        ours = {os.path.abspath(path) for path, theirs in _folders() if not theirs}
+        clustershell = {os.path.abspath(path) for path, theirs in _folders() if theirs} - ours
+        files = [
+            _File(path, rank, os.path.abspath(path.parent) in clustershell, _read(path))
+            for rank, path in enumerate(filenames)
+        ]
+        # To ClusterShell, its files are one.
+        top = max((file.rank for file in files if file.theirs and file.parser), default=0)
+        self._files = [
+            _File(file.path, top, True, file.parser) if file.theirs and file.parser else file for file in files
+        ]
+        self._there = [file for file in self._files if file.parser is not None]
+        self._found: list[_Found] = []
+        self._seen: set[Path] = set()  # folders
 
-    def read(self) -> tuple[dict[str, GroupSource], str | None]:
-        """Return the sources by name, and which is the default one.
+    def read(self) -> tuple[dict[str, GroupSource], str | None, Sequence[GroupSource]]:
+        """Return the sources by name, which one is the default, and which others could as well be.
 
         Raises:
             GroupResolverConfigError: with the file that is wrong.
         """
-        parser = _parser()
-        last = None
-        origins: dict[str, Path] = {}  # where a section was last seen
-        for path in self._filenames:
-            one = _read(path)
-            if one is not None:
-                last = path
-                origins.update(dict.fromkeys(one.sections(), path))
-                parser.read_dict(one)
-        if last is None:
-            self._autodirs([path.parent / "groups.d" for path in self._filenames])
-            return self._sources, next(iter(self._sources), None)
-        main = parser[_MAIN] if parser.has_section(_MAIN) else {}
-        confdir = main.get("groupsdir") or main.get("confdir") or ""
-        self._confdirs(_folders(confdir, last))
-        self._autodirs(_folders(main.get("autodir") or "", last))
-        for name in parser.sections():
-            if name != _MAIN:
-                self._section(name, parser[name], origins[name])
-        default = main.get("default") or next(iter(self._sources), None)
-        if default is not None and default not in self._sources:
-            known = ", ".join(self._sources) or "none"
-            raise GroupResolverConfigError(f"{last}: the default source {default!r} is not there; sources: {known}")
-        return self._sources, default
+        for file in self._there:
+            _tell_unknown(file.path, file.parser)
+        self._confdirs()
+        self._autodirs()
+        self._sections()
+        # Stable: what is of one kind stays as it was read. What was there without any groups.conf comes first, so that
+        # the first of them changes no name's meaning.
+        self._found.sort(key=lambda found: found.order)
+        named = self._named()
+        sources = {name: found.source for name, found in named.items()}
+        chosen = next((file for file in reversed(self._there) if file.main.get("default")), None)
+        if chosen is not None:
+            return sources, self._default(chosen, sources), ()
+        first = next(iter(named.values()), None)
+        if first is None:
+            return {}, None, ()
+        rivals = [found.source for found in named.values() if found is not first and found.rank >= first.rank]
+        return sources, first.source.name, rivals
 
-    def _confdirs(self, folders: Iterable[Path]) -> None:
-        for path in _files(folders, "*.conf"):
-            parser = _read(path)
-            for name in parser.sections() if parser else ():
-                if parser and name != _MAIN:
-                    self._section(name, parser[name], path)
+    def _default(self, file: _File, sources: Mapping[str, GroupSource]) -> str:
+        default = file.main["default"]
+        if default not in sources:
+            known = ", ".join(sources) or "none"
+            raise GroupResolverConfigError(
+                f"{file.path}: the default source {default!r} is not there; sources: {known}", str(file.path)
+            )
+        return default
 
-    def _autodirs(self, folders: Iterable[Path]) -> None:
-        for path in _files(folders, "*.yaml"):
-            if not os.access(path, os.R_OK):
-                log.info("%s is not readable, and is left out", path)
+    def _named(self) -> dict[str, _Found]:
+        """Return what was found by its name: of one name the strongest; two of the same rank are an error."""
+        named: dict[str, _Found] = {}
+        for found in self._found:
+            before = named.setdefault(found.source.name, found)
+            if before is found:
                 continue
-            for source in YAMLGroupLoader(str(path)):
-                self._add(source, path)
+            if before.rank == found.rank:
+                raise GroupResolverConfigError(
+                    f"{found.path}: there is a group source {found.source.name!r} already, in {before.source.origin}; "
+                    "give one another name",
+                    str(found.path),
+                )
+            stronger, weaker = (found, before) if found.rank > before.rank else (before, found)
+            named[found.source.name] = stronger
+            log.info("%s stands for the source of the same name in %s", stronger.source, weaker.path)
+        return named
 
-    def _section(self, names: str, section: configparser.SectionProxy, path: Path) -> None:
+    def _confdirs(self) -> None:
+        for folder, rank in self._configured("groupsdir", "confdir"):
+            for path in _files(folder, "*.conf"):
+                parser = _read(path)
+                if parser is None:
+                    continue
+                _tell_unknown(path, parser, main=False)
+                for name in parser.sections():
+                    if name != _MAIN:
+                        self._section(name, parser[name], path, rank, order=1)
+
+    def _autodirs(self) -> None:
+        self._seen.clear()  # a folder may be of both kinds
+        folders = [(folder, rank, 2) for folder, rank in self._configured("autodir")]
+        # What an `autodir` of ours has said holds for its own folder, and for weaker ones.
+        said = max((file.rank for file in self._there if not file.theirs and "autodir" in file.main), default=-1)
+        theirs = any(file.theirs for file in self._there)
+        for file in reversed(self._files):
+            # `--groupsconf one.conf` is that file alone
+            if file.rank > said and not (file.theirs and theirs) and file.path.name == "groups.conf":
+                folders += [(folder, file.rank, 0) for folder in self._new([file.path.parent / "groups.d"])]
+        for folder, rank, order in folders:
+            for path in _files(folder, "*.yaml", like="*.yml"):
+                if not os.access(path, os.R_OK):
+                    log.info("%s is not readable, and is left out", path)
+                    continue
+                self._found += [_Found(source, path, rank, order) for source in YAMLGroupLoader(str(path))]
+
+    def _configured(self, *keys: str) -> Iterator[tuple[Path, int]]:
+        """Yield the folders, each once, that the first of some keys names in the strongest file that has one."""
+        file = next((file for file in reversed(self._there) if any(key in file.main for key in keys)), None)
+        if file is None:
+            return
+        text = file.main[next(key for key in keys if key in file.main)]
+        try:
+            names = shlex.split(text)
+        except ValueError as error:
+            raise GroupResolverConfigError(f"{file.path}: {text!r} cannot be read: {error}", str(file.path)) from error
+        # `$CFGDIR` is the folder of the last file, as to ClusterShell: so a system's file can name its users' folders.
+        # In ours it is the file's own as well: else it would mean another one as soon as a user has a file.
+        last = self._there[-1]
+        bases = [last] if file.theirs else [file, last]
+        for name in names:
+            variable = "CFGDIR" in name
+            for base in bases if variable else [file]:
+                there = name.replace("${CFGDIR}", "$CFGDIR").replace("$CFGDIR", str(base.path.parent))
+                for folder in self._new([file.path.parent / there]):
+                    yield folder, base.rank
+
+    def _new(self, folders: Iterable[Path]) -> Iterator[Path]:
+        for folder in folders:
+            real = folder.resolve()
+            if real not in self._seen:
+                self._seen.add(real)
+                yield folder
+
+    def _sections(self) -> None:
+        merged = _parser()
+        origins: dict[str, _File] = {}  # where a section was last seen
+        for file in self._there:
+            if file.parser is not None:
+                merged.read_dict(file.parser)
+                origins.update(dict.fromkeys(file.parser.sections(), file))
+        for name in merged.sections():
+            if name != _MAIN:
+                self._section(name, merged[name], origins[name].path, origins[name].rank, order=3)
+
+    def _section(self, names: str, section: configparser.SectionProxy, path: Path, rank: int, *, order: int) -> None:
         """Add the source of a section, under each of its names."""
         times = {}
-        for key in ("cache_time", "timeout"):
+        for key in _TIMES:
             text = section.get(key)
             try:
                 times[key] = None if text is None else float(text)
             except ValueError:
                 raise GroupResolverConfigError(f"{path}: {key} of [{names}] is seconds, not {text!r}") from None
-        upcalls = {f"{key}_upcall": section.get(key) for key in ("map", "all", "list", "reverse", "mapall")}
+        upcalls = {f"{key}_upcall": section.get(key) for key in _UPCALLS}
         for name in filter(None, map(str.strip, names.split(","))):
             try:
                 source = UpcallGroupSource(name, cfgdir=str(path.parent), origin=str(path), **upcalls, **times)  # type: ignore[arg-type]  # by name
             except GroupSourceError as error:
                 raise GroupResolverConfigError(str(error), str(path)) from None
-            self._add(source, path)
-
-    def _add(self, source: GroupSource, path: Path) -> None:
-        before = self._sources.setdefault(source.name, source)
-        if before is not source:
-            raise GroupResolverConfigError(
-                f"{path}: there is a group source {source.name!r} already, in {before.origin}; give one another name"
-            )
+            self._found.append(_Found(source, path, rank, order))
 
 
 def _parser() -> configparser.ConfigParser:
@@ -179,13 +357,15 @@ def _read(path: Path) -> configparser.ConfigParser | None:
     """Return what a file holds; None: it is not there, or it is not for this user."""
     parser = _parser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text, _ = trust.read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
         log.info("%s is not readable, and is left out", path)
         return None
     except (OSError, ValueError) as error:
+        if isinstance(error, GroupResolverConfigError):
+            raise
         raise GroupResolverConfigError(f"{path} cannot be read: {error}", str(path)) from error
     try:
         parser.read_string(text, str(path))
@@ -194,26 +374,26 @@ def _read(path: Path) -> configparser.ConfigParser | None:
     return parser
 
 
-def _folders(text: str, conf: Path) -> Iterator[Path]:
-    """Yield the folders of `confdir` and `autodir`, each once; where they are relative, it is to `$CFGDIR`."""
-    try:
-        names = shlex.split(text)
-    except ValueError as error:
-        raise GroupResolverConfigError(f"{conf}: {text!r} cannot be read: {error}") from error
-    seen = set()
-    for name in names:
-        folder = conf.parent / Path(name.replace("${CFGDIR}", "$CFGDIR").replace("$CFGDIR", str(conf.parent)))
-        if folder.resolve() not in seen:
-            seen.add(folder.resolve())
-            yield folder
+def _tell_unknown(path: Path, parser: configparser.ConfigParser | None, *, main: bool = True) -> None:
+    """Warn of what stands in a file and means nothing: a key that is misspelt would change what groups mean."""
+    for name in parser.sections() if parser else ():
+        known = _MAIN_KEYS if name == _MAIN else (*_UPCALLS, *_TIMES)
+        for key in parser[name] if parser else ():
+            if name == _MAIN and not main:
+                log.warning("%s: %s of [Main] is left out: [Main] is read in groups.conf only", path, printable(key))
+            elif key not in known:
+                near = get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                log.warning("%s: [%s] has an unknown key %s; %s", path, printable(name), printable(key), hint)
+        if name == _MAIN and parser and parser.has_option(name, "groupsdir") and parser.has_option(name, "confdir"):
+            log.warning("%s: groupsdir is another name of confdir, which is left out", path)
 
 
-def _files(folders: Iterable[Path], pattern: str) -> Iterator[Path]:
-    """Yield the files of folders, sorted; a folder that is not there has none."""
-    for folder in folders:
-        if folder.is_dir():
-            yield from sorted(folder.glob(pattern))
-        elif folder.exists():
-            raise GroupResolverConfigError(f"{folder} is to be a folder of group sources, and is none", str(folder))
-
-
+def _files(folder: Path, pattern: str, like: str = "") -> Iterator[Path]:
+    """Yield the files of a folder, sorted, without hidden ones; a folder that is not there has none."""
+    if folder.is_dir():
+        for path in sorted(folder.glob(like)) if like else ():
+            log.warning("%s is left out: only %s are read", path, pattern)
+        yield from (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
+    elif folder.exists():
+        raise GroupResolverConfigError(f"{folder} is to be a folder of group sources, and is none", str(folder))

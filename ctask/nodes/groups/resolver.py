@@ -75,6 +75,7 @@ class GroupResolver:
     @default_source_name.setter
     def default_source_name(self, name: str) -> None:
         self._default = self._source(name).name
+        self._default_chosen()
 
     def sources(self) -> list[str]:
         """Return the names of all sources, the default one first."""
@@ -148,6 +149,9 @@ class GroupResolver:
 
     def _load(self) -> None:
         """Have the sources there; where they are configured, they are read at the first question."""
+
+    def _default_chosen(self) -> None:
+        """Note that the program has said which source is the default one."""
 
     def _source(self, name: str | None, group: str | None = None) -> GroupSource:
         self._load()

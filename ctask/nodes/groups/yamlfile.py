@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ctask.errors import GroupResolverConfigError
 from ctask.errors.text import printable
+from ctask.nodes.groups import trust
 from ctask.nodes.groups.source import FileGroupSource, Groups
 from ctask.numeric import patience
 
@@ -25,13 +26,16 @@ __all__ = ["CACHE_TIME", "YAMLGroupLoader"]
 #: Seconds after which the file is looked at again.
 CACHE_TIME = 3600.0
 
+#: of a file: inode, size, owner, mode, and the time of its last change of any kind
+_Stamp: TypeAlias = tuple[int, int, int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What a file held."""
 
     sources: dict[str, Groups]
-    stamp: tuple[int, int, int]  # of the file: inode, size, time
+    stamp: _Stamp
     looked: float
 
 
@@ -78,30 +82,32 @@ class YAMLGroupLoader:
         self._read = read = _Read(read.sources, read.stamp, now) if unchanged else self._load()
         return read
 
-    def _stamp(self) -> tuple[int, int, int]:
+    def _stamp(self) -> _Stamp:
         try:
-            status = os.stat(self.filename)
+            return _stamp(os.stat(self.filename))
         except OSError as error:
             raise self._bad(error.strerror or str(error)) from error
-        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _load(self) -> _Read:
-        stamp = self._stamp()  # before it is read: a change meanwhile is seen at the next look
-        return _Read(self._sources(self._parsed()), stamp, time.monotonic())
+        parsed, stamp = self._parsed()
+        return _Read(self._sources(parsed), stamp, time.monotonic())
 
-    def _parsed(self) -> Any:
+    def _parsed(self) -> tuple[Any, _Stamp]:
+        """Return what the file says, and its stamp from before it was read: a later change is seen at the next look."""
         try:
             import yaml  # an extra: only those who have such files need it
         except ImportError as error:
             raise GroupResolverConfigError(
-                f"{self.filename} is YAML, and PyYAML is not installed: pip install 'ctask[yaml]', or the package "
+                f"{self.filename} is YAML, and PyYAML is not installed: pip install PyYAML, or the package "
                 "python3-yaml of your distribution",
                 self.filename,
             ) from error
         try:
-            with open(self.filename, encoding="utf-8") as file:
-                return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text, status = trust.read(self.filename)
+            return yaml.load(text, Loader=_strict(yaml)), _stamp(status)  # noqa: S506 (a SafeLoader)
+        except GroupResolverConfigError:
+            raise
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise self._bad(" ".join(str(error).split())) from error
 
     def _sources(self, parsed: Any) -> dict[str, Groups]:
@@ -119,3 +125,53 @@ class YAMLGroupLoader:
 
     def _bad(self, reason: str) -> GroupResolverConfigError:
         return GroupResolverConfigError(f"{self.filename} cannot be used: {printable(reason)}", self.filename)
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return status.st_ino, status.st_size, status.st_uid, status.st_mode, status.st_ctime_ns
+
+
+def _strict(yaml: Any) -> type[Any]:
+    """Return a safe loader that refuses a mapping which has a key twice, where YAML's takes the last.
+
+    `<<` is resolved here as well: PyYAML 6 gives a mapping that merges one which has merged another the wrong values.
+    """
+    base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Strict(base):  # type: ignore[misc]  # PyYAML has no types
+        def get_single_node(self) -> Any:
+            root = super().get_single_node()
+            nodes, looked = [root], set()
+            while nodes:
+                node = nodes.pop()
+                if id(node) in looked:  # an alias
+                    continue
+                looked.add(id(node))
+                if isinstance(node, yaml.MappingNode):
+                    node.value = _pairs(yaml, node)
+                    nodes += [value for _, value in node.value]
+                elif isinstance(node, yaml.SequenceNode):
+                    nodes += node.value
+            return root
+
+    return Strict
+
+
+def _pairs(yaml: Any, mapping: Any) -> list[tuple[Any, Any]]:
+    """Return the keys and values of a mapping: its own, and behind them those that it merges and has not itself."""
+    own: dict[object, tuple[Any, Any]] = {}
+    merged: list[Any] = []
+    for key, value in mapping.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            continue
+        name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
+        if name in own:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+        own[name] = (key, value)
+    for other in merged:
+        if not isinstance(other, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "<< merges mappings only", other.start_mark)
+        for key, value in _pairs(yaml, other):
+            own.setdefault((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key, (key, value))
+    return list(own.values())
