@@ -20,6 +20,7 @@ from typing import Any
 from ctask.errors import OptionError
 from ctask.nodes import NodeSet
 from ctask.nodes.names import check as check_name
+from ctask.nodes.names import check_address
 from ctask.numeric import duration, limit, shown, statuses, whole
 from ctask.retry import BUSY, Retry
 
@@ -436,6 +437,8 @@ def _target(options: Mapping[str, Any]) -> Target:
 def _at(pattern: Target, node: str, options: Mapping[str, Any]) -> Target:
     address = str(options.get("address", "%h")).replace("%h", node)
     check_name(address)
+    if pattern.transport == "ssh":  # to other ways, and local commands, it is a name and nothing more
+        check_address(address, node)
     # Spelled out, since dataclasses.replace costs four times as much, for each of 10,000 nodes.
     return Target(
         pattern.transport,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -281,3 +282,73 @@ def test_bad_input_on_real_nodes_makes_no_connection(task: Task, sshd: Sshd) -> 
     # The next one that is right is the first that the server hears of.
     task.run("true", nodes=NODE, **sshd.options())
     assert sshd.log(before).count("Connection from") == 1
+
+
+LONG = "n" * 64
+#: what no resolver can know, and the words that say what to do
+UNKNOWABLE = [
+    ("h:22", r"port=22, or -o Port=22\), and the name as h$"),
+    ("h[1-2]:2222", "port=2222.*as h1$"),
+    ("10.0.0.1:22", "and the name as 10.0.0.1"),
+    ("h:ssh", "a port is an option of its own"),
+    ("h:22:33", "no IPv6 address"),
+    ("::1:99999", "no IPv6 address"),
+    ("1::2::3", "no IPv6 address"),
+    (":22", "no IPv6 address"),
+    ("fe80::1%", "no zone"),
+    (LONG, "has 64 characters, .* no.* 63"),
+    (f"a.{LONG}.example", "64 characters"),
+    (f"{LONG}.", "64 characters"),
+    ("a." * 126 + "bc", "254 characters"),
+    ("a." * 126 + "bc.", "254 characters|longer than 255"),
+    (".h", "empty part"),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), UNKNOWABLE)
+def test_a06_a_name_that_no_resolver_knows_is_asked_of_none(
+    task: Task, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
+    for some in (f"n1,{name}", ["n1", name]):
+        with pytest.raises(NodeNameError, match=reason):
+            task.run("true", nodes=some)
+    (address,) = list(NodeSet(name))[:1]
+    with pytest.raises(NodeNameError, match=f"bad address .* of node 'n1': .*({reason})"):
+        task.run("true", nodes="n1", address=address)
+    task.node_options("n2", address=address)
+    with pytest.raises(NodeNameError, match="of node 'n2'"):
+        task.run("true", nodes="n[1-2]")
+    assert asked == []
+    assert task.workers == []
+
+
+def test_a06_only_what_goes_to_the_resolver_is_judged(task: Task, fake: FakeTransport) -> None:
+    """A name is a label where another address is given, or where nothing is looked up."""
+    for name in ("h:22", LONG, ".h", "n" * 255):
+        assert task.run("true", nodes=name, address="127.0.0.1", check=True)
+        assert task.shell("true", key=name)
+        task.run("exit 0 # %h", nodes=name, transport="local", check=True)
+
+
+def test_a06_names_that_a_resolver_may_know_are_asked(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def look_up(name: bytes | str, *_: object, **__: object) -> None:
+        asked.append(name.decode() if isinstance(name, bytes) else name)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    names = ["h.", "h_x", "_h", "a+b", "h%x", "n" * 63, "a." * 126 + "b", "a." * 126 + "b.", "xn--4ca.example", "h#x"]
+    worker = task.run("true", nodes=names)
+    assert worker is not None
+    assert sorted(asked) == sorted(names)
+    assert {result.why for result in worker.results()} == {"resolve: the name has no address"}
+
+
+@pytest.mark.parametrize("name", ["[::1]", "[::1]:22", "[h]:22"])
+def test_a06_brackets_are_no_part_of_an_address(task: Task, name: str) -> None:
+    for call in (lambda: NodeSet.fromlist([name]), lambda: task.run("true", nodes="n1", address=name)):
+        with pytest.raises(ValueError, match=r"without brackets|not a number or a range: 'h'"):
+            call()

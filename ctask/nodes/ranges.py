@@ -221,4 +221,6 @@ def _why_no_range(item: str) -> str:
         return "numbers are written with the ASCII digits 0 to 9"
     if "/" in item and "-" not in item[1:]:
         return "a step needs a range before it, as in 1-9/2"
+    if ":" in item:
+        return "an IPv6 address is written without brackets, and its port is an option of its own (port)"
     return f"not a number or a range: {item[:40]!a}"
