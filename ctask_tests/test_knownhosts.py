@@ -8,6 +8,7 @@ import concurrent.futures
 import hmac
 import logging
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctask.errors import HostKeyError, HostKeyMismatch, OptionError, UnknownHostKey
+from ctask.errors import HostKeyError, HostKeyMismatch, HostKeyRevoked, OptionError, UnknownHostKey
 from ctask.options import Target
+from ctask.transports.ssh import hashed as hashed_lines
 from ctask.transports.ssh import hostkeys, knownhosts
 from ctask_tests.known_lines import ED, hashed, key, line, verify, write
 
@@ -338,6 +340,62 @@ def test_c08_hashed_names_cost_their_hmacs_once(tmp_path: Path, monkeypatch: pyt
     assert len(counted) == 500 + 2000
 
 
+@pytest.mark.parametrize("order", ["as in the file", "backwards", "any"])
+def test_c08_a_key_that_all_nodes_share_costs_few_hmacs_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    count = 2000
+    path = write(tmp_path / "known_hosts", *(line(hashed(f"n{i}"), key("clone")) for i in range(count)))
+    counted = 0
+    real = hashed_lines._first
+
+    def counting(text: bytes, entries: list[Any], begin: int, end: int) -> int | None:
+        nonlocal counted
+        found = real(text, entries, begin, end)
+        counted += (end if found is None else found + 1) - begin
+        return found
+
+    monkeypatch.setattr(hashed_lines, "_first", counting)
+    asked = list(range(0, count, 8))
+    if order == "any":
+        random.Random(4).shuffle(asked)
+    for i in reversed(asked) if order == "backwards" else asked:
+        verify(path, f"n{i}", key("clone"))
+    assert counted < count * len(asked) / 8  # half of all, if each were looked for from the beginning
+    before = counted
+    for i in asked:
+        verify(path, f"n{i}", key("clone"))
+    assert counted == before + len(asked)
+    # and a node that is not there is looked for everywhere
+    for name in ("n2000", "N1", "[n1]:2222", "n01", "m1"):
+        if name != "N1":
+            with pytest.raises(UnknownHostKey):
+                verify(path, name, key("clone"))
+    verify(path, "N1", key("clone"))
+
+
+def test_a_node_with_keys_of_several_types_in_hashed_lines_is_asked_for_the_best(tmp_path: Path) -> None:
+    rsa, ed = key("r", "ssh-rsa"), key("e")
+    path = write(tmp_path / "a", *(line(hashed(f"n{i}"), blob) for i in range(3) for blob in (rsa, ed)))
+    assert hostkeys.load((path,)).key_types("n1", 22) == [ED]
+    # one that is revoked, here or in another file, is not asked for
+    for revoking in (line("*", ed, "@revoked"), line(hashed("n1"), ed, "@revoked")):
+        other = write(tmp_path / "b", revoking)
+        assert hostkeys.load((path, other)).key_types("n1", 22) == ["ssh-rsa"]
+        with pytest.raises(HostKeyRevoked):
+            verify((path, other), "n1", ed)
+        verify((path, other), "n1", rsa)
+
+
+def test_a_line_that_is_added_between_two_looks_is_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", *(line(hashed(f"n{i}"), key(seed)) for i in range(3) for seed in ("x", "y")))
+    file = knownhosts.read(path)
+    assert file.find_key("n9", key("x")) == []
+    file.add(f"{line(hashed('n9'), key('x'))}\n".encode())  # as by another thread that accepts it
+    assert file.find("n9", without=key("x")) == ()
+    assert [one.number for one in file.find_key("n9", key("x"))] == [7]
+
+
 def test_a_fork_leaves_the_locks_free(tmp_path: Path) -> None:
     path = write(tmp_path / "known_hosts", line("n1", key("1")))
     code = """
@@ -387,6 +445,58 @@ def test_lines_are_found_as_ssh_keygen_finds_them(
     said = {host for _, hosts in lines for host in hosts.split(",") if not set("|*?!") & set(host)}
     for name in {*names, *said}:
         assert [found.number for found in file.find(name)] == found_by_ssh_keygen(path, name)
+
+
+# Few names, ports and keys, so that lines, revocations and questions meet.
+FEW = st.integers(0, 11).map("n{}".format) | st.integers(0, 3).map("[n{}]:2222".format)
+CLONES = st.lists(
+    st.tuples(
+        st.sampled_from(["", "", "", "", "@revoked", "@cert-authority"]), FEW, st.booleans(), st.sampled_from("ab")
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@needs_ssh_keygen
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=CLONES, more=CLONES, asked=st.lists(FEW, min_size=1, max_size=4, unique=True))
+@pytest.mark.parametrize("begin_after", [0, 2])
+def test_keys_that_many_nodes_share_are_found_as_ssh_keygen_finds_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begin_after: int,
+    lines: list[tuple[str, str, bool, str]],
+    more: list[tuple[str, str, bool, str]],
+    asked: list[str],
+) -> None:
+    """In whatever order nodes are asked for, and with lines that are added meanwhile."""
+    monkeypatch.setattr(hashed_lines, "NEAR", (1, 2))
+    monkeypatch.setattr(knownhosts, "BEGIN_AFTER", begin_after)
+    path, file = tmp_path / "known_hosts", knownhosts.HostsFile("x")
+    path.write_text("")
+    blobs: dict[int, tuple[bytes, bool]] = {}
+    for part in (lines, more):
+        text = ""
+        for marker, name, hide, seed in part:
+            blob = key(seed, ED if seed == "a" else "ssh-rsa")
+            blobs[len(blobs) + 1] = blob, marker == "@revoked"
+            text += line(hashed(name) if hide else name, blob, marker) + "\n"
+        with path.open("a") as out:
+            out.write(text)
+        file.add(text.encode())
+        numbered = {name: found_by_ssh_keygen(path, name) for name in asked}
+        for name in asked:
+            there = [blobs[number] for number in numbered[name]]
+            for blob in {blob for blob, _ in blobs.values()}:
+                found = file.find_key(name, blob)
+                assert {one.revoked for one in found} == {revoked for same, revoked in there if same == blob}
+            # Those that could be asked for: all of them, or one of the best type.
+            types = {one.key_type for one in file.find_cheaply(name) if not one.revoked}
+            known = {knownhosts.type_of(blob).decode() for blob, revoked in there if not revoked}
+            assert types == known or file.only_hashed_type or ED in types <= known
+        for name in asked:
+            assert [one.number for one in file.find(name)] == numbered[name]
 
 
 @needs_ssh_keygen

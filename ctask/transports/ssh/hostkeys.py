@@ -35,11 +35,14 @@ class KnownHosts:
         """Return the types of key to ask the node for, best first: those that it is known by.
 
         A preference, no statement: where a file's hashed lines have all one type, that one is returned for
-        any name, last, since it saves an HMAC per line and node.
+        any name, last, since it saves an HMAC per line and node; and a node that is known by an ed25519 key in a hashed
+        line may have others, that are not told.
         """
         name = lookup_name(address, port)
         lines = [line for file in self._files for line in file.find_cheaply(name)]
         revoked = {line.blob for line in lines if line.revoked}
+        if any(line.blob in revoked and not line.revoked for line in lines):
+            lines = [line for file in self._files for line in file.find(name)]
         types = [line.key_type for line in lines if line.blob not in revoked]
         types += [file.only_hashed_type for file in self._files if file.only_hashed_type]
         return list(dict.fromkeys(types))
@@ -106,7 +109,7 @@ class KnownHosts:
                 raise self._error(HostKeyRevoked, target, key, text)
         if same or target.host_key_policy == "insecure-ignore":
             return bool(same)
-        others = [(f, line) for f in self._files for line in f.find(name) if not line.revoked]
+        others = [(f, line) for f in self._files for line in f.find(name, without=key.blob) if not line.revoked]
         if others:
             raise self._error(HostKeyMismatch, target, key, _changed_text(key, others))
         return False

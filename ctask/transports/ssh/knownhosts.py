@@ -22,7 +22,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from ctask.transports.ssh.hashed import Alike, Hashed, Line, matching
 
 __all__ = [
     "HostsFile",
@@ -52,21 +53,14 @@ _TYPE_NAME = re.compile(rb"[A-Za-z0-9@._+-]{1,64}")
 #: Stands for HMAC-SHA1; it is the only form of hashed names that there is.
 _HASH_MAGIC = b"|1|"
 _SHA1_SIZE = 20
+#: The type of key that is asked for first. As in `ssh`, who is known by one of these is asked for no other.
+BEST_TYPE = "ssh-ed25519"
+#: Hashed lines of a file for which the beginning of their HMACs is kept (1 KB each), once each was computed so often
+#: that it pays. Then one costs a third.
+MOST_BEGUN = 20_000
+BEGIN_AFTER = 2
 
 Stamp = tuple[int, ...]
-
-
-class Line(NamedTuple):
-    """One key of a known_hosts file, with the number of its line."""
-
-    number: int
-    revoked: bool
-    key_type: str
-    blob: bytes
-
-
-#: salt, HMAC of the name, the line
-_Hashed = tuple[bytes, bytes, Line]
 
 
 class HostsFile:
@@ -93,8 +87,10 @@ class HostsFile:
         self._lines = 0
         self._exact: dict[str, tuple[Line, ...]] = {}
         self._patterns: list[tuple[tuple[str, ...], Line]] = []
-        self._hashed: list[_Hashed] = []
-        self._hashed_by_key: dict[bytes, list[_Hashed]] = {}
+        self._hashed: list[Hashed] = []
+        self._hashed_by_key: dict[bytes, Alike] = {}
+        self._whole_searches = 0
+        self._hashed_best = Alike()
         self._hashed_types: dict[str, None] = {}
         # What patterns and hashes gave for a name; written under the lock, read without.
         self._found: dict[str, tuple[Line, ...]] = {}
@@ -121,38 +117,75 @@ class HostsFile:
                     self.bad.append(self._lines)
             self._found.clear()
 
-    def find(self, name: str) -> tuple[Line, ...]:
-        """Return all keys of `name`, in the order of the lines."""
+    def find(self, name: str, *, without: bytes = b"") -> tuple[Line, ...]:
+        """Return all keys of `name`, in the order of the lines.
+
+        `without` is a key of which `find_key` has just said that it is not one of them.
+        """
         if not self._patterns and not self._hashed:
             return self._exact.get(name, ())
         found = self._found.get(name)
         if found is None:
             with self._lock:
-                found = self._found[name] = self._search(name, self._hashed)
+                self._begin(len(self._hashed))
+                if without in self._hashed_by_key:
+                    # Not kept: a line with this key may have been added since `find_key` looked.
+                    others = [entry for entry in self._hashed if entry.line.blob != without]
+                    return self._search(name, matching(_bytes(name), others))
+                found = self._found[name] = self._search(name, matching(_bytes(name), self._hashed))
         return found
 
     def find_key(self, name: str, blob: bytes) -> list[Line]:
-        """Return the lines that give `name` this very key; computes the HMACs of this key's lines only."""
+        """Return the lines that give `name` this very key: all that revoke it, and one at least of the others.
+
+        Computes the HMACs of this key's lines only, and of these no more than it has to.
+        """
         found = self._found.get(name)
         if found is None:
             with self._lock:
-                found = self._search(name, self._hashed_by_key.get(blob, ()))
+                lines = list(self._search(name, ()))
+                same = self._hashed_by_key.get(blob)
+                if same is not None:
+                    text = _bytes(name)
+                    lines += matching(text, same.revoked)
+                    if not any(line.blob == blob and not line.revoked for line in lines):
+                        self._begin(len(same.plain))
+                        lines += same.first(name, text)
+                found = tuple(sorted(lines))
         return [line for line in found if line.blob == blob]
 
     def find_cheaply(self, name: str) -> tuple[Line, ...]:
-        """Return the keys of `name`, without those of hashed lines where all of these have the same type."""
-        if not self.only_hashed_type or name in self._found:
+        """Return what decides which type of key to ask `name` for; where it can be, less than all of its keys.
+
+        Where all hashed lines have the same type, they are left out. Else, of these, all that revoke a key are told,
+        and one key of `BEST_TYPE` is enough.
+        """
+        if name in self._found:
             return self.find(name)
         with self._lock:
-            return self._search(name, ())
+            lines = self._search(name, ())
+            if self.only_hashed_type or not self._hashed:
+                return lines
+            text = _bytes(name)
+            revoked = matching(text, self._hashed_best.revoked)
+            best = self._hashed_best.first(name, text) if BEST_TYPE in self._hashed_types else ()
+        return tuple(sorted((*lines, *revoked, *best))) if best else self.find(name)
 
-    def _search(self, name: str, hashed: Iterable[_Hashed]) -> tuple[Line, ...]:
+    def _search(self, name: str, hashed: Iterable[Line]) -> tuple[Line, ...]:
         found = list(self._exact.get(name, ()))
         found += [line for patterns, line in self._patterns if _matches(name, patterns)]
-        text, digest = name.encode("utf-8", "surrogateescape"), hmac.digest
-        found += [line for salt, wanted, line in hashed if digest(salt, text, "sha1") == wanted]
+        found += hashed
         found.sort()
         return tuple(found)
+
+    def _begin(self, many: int) -> None:
+        """Have what is searched again and again half computed; `many` of the hashed lines are about to be searched."""
+        if many * 2 < len(self._hashed) or len(self._hashed) > MOST_BEGUN:
+            return
+        self._whole_searches += 1
+        if self._whole_searches == BEGIN_AFTER + 1:
+            for entry in self._hashed:
+                entry.begin()
 
     def _add_line(self, raw: bytes) -> None:
         fields = raw.split(None, 4)
@@ -180,9 +213,11 @@ class HostsFile:
         )
         if magic != _HASH_MAGIC or len(salt) != _SHA1_SIZE or len(wanted) != _SHA1_SIZE:
             raise ValueError
-        entry = (salt, wanted, line)
+        entry = Hashed(salt, wanted, line)
         self._hashed.append(entry)
-        self._hashed_by_key.setdefault(line.blob, []).append(entry)
+        self._hashed_by_key.setdefault(line.blob, Alike()).add(entry)
+        if line.revoked or line.key_type == BEST_TYPE:
+            self._hashed_best.add(entry)
         if not line.revoked:
             self._hashed_types[line.key_type] = None
 
@@ -369,6 +404,10 @@ def _parse(path: str, stamp: Stamp) -> HostsFile:
     file.stamp = stamp
     file.trusted = abs(begun - stamp[3]) > RACY_NS
     return file
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
