@@ -580,3 +580,21 @@ def test_the_ready_sources_know_the_groups_of_a_node(ready: Path) -> None:
     assert (slurm.node_groups("n1"), slurm.node_groups("n4", "slurmstate")) == (["compute"], ["drained"])
     assert slurm.node_groups("n1", "slurmjob") == ["4711"]
     assert GroupResolverConfig([ready / "genders.conf"]).node_groups("n1") == ["compute", "rack=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "nodes"),
+    [
+        ("slurm.conf", "sinfo", "@slurmstate:*"),
+        ("slurm.conf", "sinfo", "@@slurmstate"),
+        ("genders.conf", "nodeattr", "@genders:*"),
+        ("genders.conf", "nodeattr", "@@genders"),
+        ("ansible.conf", "ansible-inventory", "@@ansible"),
+    ],
+)
+def test_a_ready_source_whose_program_fails_is_not_empty(
+    ready: Path, tmp_path: Path, name: str, program: str, nodes: str
+) -> None:
+    (tmp_path / "bin" / program).write_text("#!/bin/sh\necho no connection >&2\nexit 1\n")
+    with pytest.raises(GroupSourceError, match="no connection"):
+        NodeSet(nodes, resolver=GroupResolverConfig([ready / name]))
