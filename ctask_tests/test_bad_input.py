@@ -306,7 +306,7 @@ UNKNOWABLE = [
 
 
 @pytest.mark.parametrize(("name", "reason"), UNKNOWABLE)
-def test_a06_a_name_that_no_resolver_knows_is_asked_of_none(
+def test_b03_a_name_that_no_resolver_knows_is_asked_of_none(
     task: Task, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
 ) -> None:
     asked: list[object] = []
@@ -324,7 +324,7 @@ def test_a06_a_name_that_no_resolver_knows_is_asked_of_none(
     assert task.workers == []
 
 
-def test_a06_only_what_goes_to_the_resolver_is_judged(task: Task, fake: FakeTransport) -> None:
+def test_b03_only_what_goes_to_the_resolver_is_judged(task: Task, fake: FakeTransport) -> None:
     """A name is a label where another address is given, or where nothing is looked up."""
     for name in ("h:22", LONG, ".h", "n" * 255):
         assert task.run("true", nodes=name, address="127.0.0.1", check=True)
@@ -332,7 +332,7 @@ def test_a06_only_what_goes_to_the_resolver_is_judged(task: Task, fake: FakeTran
         task.run("exit 0 # %h", nodes=name, transport="local", check=True)
 
 
-def test_a06_names_that_a_resolver_may_know_are_asked(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_b03_names_that_a_resolver_may_know_are_asked(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def look_up(name: bytes | str, *_: object, **__: object) -> None:
@@ -348,7 +348,7 @@ def test_a06_names_that_a_resolver_may_know_are_asked(task: Task, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["[::1]", "[::1]:22", "[h]:22"])
-def test_a06_brackets_are_no_part_of_an_address(task: Task, name: str) -> None:
+def test_b03_brackets_are_no_part_of_an_address(task: Task, name: str) -> None:
     for call in (lambda: NodeSet.fromlist([name]), lambda: task.run("true", nodes="n1", address=name)):
         with pytest.raises(ValueError, match=r"without brackets|not a number or a range: 'h'"):
             call()
