@@ -472,7 +472,7 @@ def test_keys_that_many_nodes_share_are_found_as_ssh_keygen_finds_them(
 ) -> None:
     """In whatever order nodes are asked for, and with lines that are added meanwhile."""
     monkeypatch.setattr(hashed_lines, "NEAR", (1, 2))
-    monkeypatch.setattr(knownhosts, "BEGIN_AFTER", begin_after)
+    monkeypatch.setattr(hashed_lines, "BEGIN_AFTER", begin_after)
     path, file = tmp_path / "known_hosts", knownhosts.HostsFile("x")
     path.write_text("")
     blobs: dict[int, tuple[bytes, bool]] = {}

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ctask.transports.ssh.hashed import Alike, Hashed, Line, matching
+from ctask.transports.ssh.hashed import HashedLines, Line
 
 __all__ = [
     "HostsFile",
@@ -53,13 +53,6 @@ _TYPE_NAME = re.compile(rb"[A-Za-z0-9@._+-]{1,64}")
 #: Stands for HMAC-SHA1; it is the only form of hashed names that there is.
 _HASH_MAGIC = b"|1|"
 _SHA1_SIZE = 20
-#: The type of key that is asked for first. As in `ssh`, who is known by one of these is asked for no other.
-BEST_TYPE = "ssh-ed25519"
-#: Hashed lines of a file for which the beginning of their HMACs is kept (1 KB each), once each was computed so often
-#: that it pays. Then one costs a third.
-MOST_BEGUN = 20_000
-BEGIN_AFTER = 2
-
 Stamp = tuple[int, ...]
 
 
@@ -87,11 +80,7 @@ class HostsFile:
         self._lines = 0
         self._exact: dict[str, tuple[Line, ...]] = {}
         self._patterns: list[tuple[tuple[str, ...], Line]] = []
-        self._hashed: list[Hashed] = []
-        self._hashed_by_key: dict[bytes, Alike] = {}
-        self._whole_searches = 0
-        self._hashed_best = Alike()
-        self._hashed_types: dict[str, None] = {}
+        self._hashed = HashedLines()
         # What patterns and hashes gave for a name; written under the lock, read without.
         self._found: dict[str, tuple[Line, ...]] = {}
         self.add(data)
@@ -104,7 +93,7 @@ class HostsFile:
     @property
     def only_hashed_type(self) -> str:
         """The one type of key that all hashed lines have; empty where there are more, or none."""
-        return next(iter(self._hashed_types)) if len(self._hashed_types) == 1 else ""
+        return self._hashed.only_type
 
     def add(self, data: bytes) -> None:
         """Parse whole lines and add what they say."""
@@ -127,12 +116,9 @@ class HostsFile:
         found = self._found.get(name)
         if found is None:
             with self._lock:
-                self._begin(len(self._hashed))
-                if without in self._hashed_by_key:
-                    # Not kept: a line with this key may have been added since `find_key` looked.
-                    others = [entry for entry in self._hashed if entry.line.blob != without]
-                    return self._search(name, matching(_bytes(name), others))
-                found = self._found[name] = self._search(name, matching(_bytes(name), self._hashed))
+                found = self._search(name, self._hashed.find(name, _bytes(name), without=without))
+                if not without:
+                    self._found[name] = found
         return found
 
     def find_key(self, name: str, blob: bytes) -> list[Line]:
@@ -144,13 +130,9 @@ class HostsFile:
         if found is None:
             with self._lock:
                 lines = list(self._search(name, ()))
-                same = self._hashed_by_key.get(blob)
-                if same is not None:
-                    text = _bytes(name)
-                    lines += matching(text, same.revoked)
-                    if not any(line.blob == blob and not line.revoked for line in lines):
-                        self._begin(len(same.plain))
-                        lines += same.first(name, text)
+                lines += self._hashed.revoking(_bytes(name), blob)
+                if not any(line.blob == blob and not line.revoked for line in lines):
+                    lines += self._hashed.one(name, _bytes(name), blob)
                 found = tuple(sorted(lines))
         return [line for line in found if line.blob == blob]
 
@@ -158,7 +140,7 @@ class HostsFile:
         """Return what decides which type of key to ask `name` for; where it can be, less than all of its keys.
 
         Where all hashed lines have the same type, they are left out. Else, of these, all that revoke a key are told,
-        and one key of `BEST_TYPE` is enough.
+        and one key of the type that is asked for first is enough.
         """
         if name in self._found:
             return self.find(name)
@@ -166,10 +148,8 @@ class HostsFile:
             lines = self._search(name, ())
             if self.only_hashed_type or not self._hashed:
                 return lines
-            text = _bytes(name)
-            revoked = matching(text, self._hashed_best.revoked)
-            best = self._hashed_best.first(name, text) if BEST_TYPE in self._hashed_types else ()
-        return tuple(sorted((*lines, *revoked, *best))) if best else self.find(name)
+            best = self._hashed.best(name, _bytes(name))
+        return self.find(name) if best is None else tuple(sorted((*lines, *best)))
 
     def _search(self, name: str, hashed: Iterable[Line]) -> tuple[Line, ...]:
         found = list(self._exact.get(name, ()))
@@ -177,15 +157,6 @@ class HostsFile:
         found += hashed
         found.sort()
         return tuple(found)
-
-    def _begin(self, many: int) -> None:
-        """Have what is searched again and again half computed; `many` of the hashed lines are about to be searched."""
-        if many * 2 < len(self._hashed) or len(self._hashed) > MOST_BEGUN:
-            return
-        self._whole_searches += 1
-        if self._whole_searches == BEGIN_AFTER + 1:
-            for entry in self._hashed:
-                entry.begin()
 
     def _add_line(self, raw: bytes) -> None:
         fields = raw.split(None, 4)
@@ -213,13 +184,7 @@ class HostsFile:
         )
         if magic != _HASH_MAGIC or len(salt) != _SHA1_SIZE or len(wanted) != _SHA1_SIZE:
             raise ValueError
-        entry = Hashed(salt, wanted, line)
-        self._hashed.append(entry)
-        self._hashed_by_key.setdefault(line.blob, Alike()).add(entry)
-        if line.revoked or line.key_type == BEST_TYPE:
-            self._hashed_best.add(entry)
-        if not line.revoked:
-            self._hashed_types[line.key_type] = None
+        self._hashed.add(salt, wanted, line)
 
     def _add_names(self, hosts: bytes, line: Line) -> None:
         # Surrogates keep bytes that are no text apart from one another, and from every real name.
