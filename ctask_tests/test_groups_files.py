@@ -201,6 +201,32 @@ def test_what_stands_in_a_file_and_means_nothing_is_told(folders: Path, caplog: 
         assert part in told(caplog)
 
 
+@pytest.mark.parametrize("key", ["CTASK_CFGDIR", "CLUSTERSHELL_CFGDIR"])
+def test_a_folder_of_the_environment_that_is_not_there_is_told(
+    folders: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    write(folders / "usr/ctask", groups__d__site=SITE)
+    monkeypatch.setenv(key, str(folders / "nowhere"))
+    assert nodes("@compute") == "n[1-4]"
+    assert told(caplog) == f"{key} is {folders / 'nowhere'}, and there is no such folder"
+
+
+def test_a_handler_of_the_log_may_ask_for_a_group(folders: Path) -> None:
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(nodes("@compute", resolver))
+
+    write(folders / "usr/ctask", groups=SLURM + "lst: a\n", groups__d__site=SITE)
+    found: list[str] = []
+    resolver, handler = GroupResolverConfig(), Asking(logging.WARNING)
+    config.log.addHandler(handler)
+    try:
+        assert nodes("@login", resolver) == "l1"
+    finally:
+        config.log.removeHandler(handler)
+    assert set(found) == {"n[1-4]"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -106,6 +106,7 @@ class GroupResolverConfig(GroupResolver):
     ) -> None:
         super().__init__(illegal_chars=illegal_chars)
         self.filenames = config_paths("groups.conf") if filenames is None else [Path(name) for name in filenames]
+        self._named = filenames is not None
         self._loading = threading.Lock()  # taken before the resolver's own, never after it
         self._loaded = False
         self._rivals: Sequence[GroupSource] = ()
@@ -122,11 +123,17 @@ class GroupResolverConfig(GroupResolver):
     def _load(self) -> None:
         if self._loaded:
             return
-        with self._loading:
-            if not self._loaded:
-                sources, default, rivals = _Reader(self.filenames).read()
-                self._sources, self._default, self._rivals = sources, default, rivals
-                self._loaded = True
+        told = _Told()
+        try:
+            with self._loading:
+                if not self._loaded:
+                    sources, default, rivals = _Reader(self.filenames, told, named=self._named).read()
+                    self._sources, self._default, self._rivals = sources, default, rivals
+                    self._loaded = True
+        finally:
+            # not under the lock: a handler of the log is the user's code, and may ask for a group
+            for level, text in told:
+                log.log(level, "%s", text)
 
     def _default_chosen(self) -> None:
         self._rivals = ()
@@ -191,15 +198,30 @@ class _Found:
     order: int  # groups.d beside groups.conf, then confdir, autodir, sections
 
 
+class _Told(list[tuple[int, str]]):
+    """What is to be logged once no lock is held."""
+
+    def info(self, text: str) -> None:
+        self.append((logging.INFO, printable(text)))
+
+    def warning(self, text: str) -> None:
+        self.append((logging.WARNING, printable(text)))
+
+
 class _Reader:
     """Reads the files, once."""
 
-    def __init__(self, filenames: Sequence[Path]) -> None:
+    def __init__(self, filenames: Sequence[Path], told: _Told, *, named: bool) -> None:
+        self._told = told
+        for key in () if named else ("CLUSTERSHELL_CFGDIR", "CTASK_CFGDIR"):
+            folder = os.environ.get(key)
+            if folder and not Path(folder).expanduser().is_dir():
+                told.warning(f"{key} is {printable(folder)}, and there is no such folder")
         # a folder that both are told to look in is ours
         ours = {os.path.abspath(path) for path, theirs in _folders() if not theirs}
         clustershell = {os.path.abspath(path) for path, theirs in _folders() if theirs} - ours
         files = [
-            _File(path, rank, os.path.abspath(path.parent) in clustershell, _read(path))
+            _File(path, rank, os.path.abspath(path.parent) in clustershell, _read(path, told))
             for rank, path in enumerate(filenames)
         ]
         # To ClusterShell, its files are one.
@@ -218,7 +240,7 @@ class _Reader:
             GroupResolverConfigError: with the file that is wrong.
         """
         for file in self._there:
-            _tell_unknown(file.path, file.parser)
+            _tell_unknown(file.path, file.parser, told=self._told)
         self._confdirs()
         self._autodirs()
         self._sections()
@@ -260,16 +282,16 @@ class _Reader:
                 )
             stronger, weaker = (found, before) if found.rank > before.rank else (before, found)
             named[found.source.name] = stronger
-            log.info("%s stands for the source of the same name in %s", stronger.source, weaker.path)
+            self._told.info(f"{stronger.source} stands for the source of the same name in {weaker.path}")
         return named
 
     def _confdirs(self) -> None:
         for folder, rank in self._configured("groupsdir", "confdir"):
-            for path in _files(folder, "*.conf"):
-                parser = _read(path)
+            for path in _files(folder, "*.conf", told=self._told):
+                parser = _read(path, self._told)
                 if parser is None:
                     continue
-                _tell_unknown(path, parser, main=False)
+                _tell_unknown(path, parser, told=self._told, main=False)
                 for name in parser.sections():
                     if name != _MAIN:
                         self._section(name, parser[name], path, rank, order=1)
@@ -285,9 +307,9 @@ class _Reader:
             if file.rank > said and not (file.theirs and theirs) and file.path.name == "groups.conf":
                 folders += [(folder, file.rank, 0) for folder in self._new([file.path.parent / "groups.d"])]
         for folder, rank, order in folders:
-            for path in _files(folder, "*.yaml", like="*.yml"):
+            for path in _files(folder, "*.yaml", told=self._told, like="*.yml"):
                 if not os.access(path, os.R_OK):
-                    log.info("%s is not readable, and is left out", path)
+                    self._told.info(f"{path} is not readable, and is left out")
                     continue
                 self._found += [_Found(source, path, rank, order) for source in YAMLGroupLoader(str(path))]
 
@@ -353,7 +375,7 @@ def _parser() -> configparser.ConfigParser:
     return configparser.ConfigParser(interpolation=None, default_section="\0")
 
 
-def _read(path: Path) -> configparser.ConfigParser | None:
+def _read(path: Path, told: _Told) -> configparser.ConfigParser | None:
     """Return what a file holds; None: it is not there, or it is not for this user."""
     parser = _parser()
     try:
@@ -361,7 +383,7 @@ def _read(path: Path) -> configparser.ConfigParser | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
-        log.info("%s is not readable, and is left out", path)
+        told.info(f"{path} is not readable, and is left out")
         return None
     except (OSError, ValueError) as error:
         if isinstance(error, GroupResolverConfigError):
@@ -374,26 +396,27 @@ def _read(path: Path) -> configparser.ConfigParser | None:
     return parser
 
 
-def _tell_unknown(path: Path, parser: configparser.ConfigParser | None, *, main: bool = True) -> None:
+def _tell_unknown(path: Path, parser: configparser.ConfigParser | None, *, told: _Told, main: bool = True) -> None:
     """Warn of what stands in a file and means nothing: a key that is misspelt would change what groups mean."""
     for name in parser.sections() if parser else ():
         known = _MAIN_KEYS if name == _MAIN else (*_UPCALLS, *_TIMES)
         for key in parser[name] if parser else ():
+            shown = f"[{printable(name)}] has an unknown key {printable(key)}"
             if name == _MAIN and not main:
-                log.warning("%s: %s of [Main] is left out: [Main] is read in groups.conf only", path, printable(key))
+                told.warning(f"{path}: {printable(key)} of [Main] is left out: [Main] is read in groups.conf only")
             elif key not in known:
                 near = get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                log.warning("%s: [%s] has an unknown key %s; %s", path, printable(name), printable(key), hint)
+                told.warning(f"{path}: {shown}; {hint}")
         if name == _MAIN and parser and parser.has_option(name, "groupsdir") and parser.has_option(name, "confdir"):
-            log.warning("%s: groupsdir is another name of confdir, which is left out", path)
+            told.warning(f"{path}: groupsdir is another name of confdir, which is left out")
 
 
-def _files(folder: Path, pattern: str, like: str = "") -> Iterator[Path]:
+def _files(folder: Path, pattern: str, *, told: _Told, like: str = "") -> Iterator[Path]:
     """Yield the files of a folder, sorted, without hidden ones; a folder that is not there has none."""
     if folder.is_dir():
         for path in sorted(folder.glob(like)) if like else ():
-            log.warning("%s is left out: only %s are read", path, pattern)
+            told.warning(f"{path} is left out: only {pattern} are read")
         yield from (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
     elif folder.exists():
         raise GroupResolverConfigError(f"{folder} is to be a folder of group sources, and is none", str(folder))

@@ -144,10 +144,12 @@ def _remedy(path: Path, status: os.stat_result) -> str:
     quoted = shlex.quote(_shown(path))
     if not _owned_by_others(status):
         return f"chmod go-w {quoted}"
-    whose = "root" if os.geteuid() == 0 else "root, or to you"
+    root = os.geteuid() == 0
+    whose = "root" if root else "root, or to you"
     if stat.S_ISLNK(status.st_mode):
         return f"a link there has to belong to {whose} (chown -h root {quoted})"
-    return f"it has to belong to {whose} (chown root {quoted}), or name another place for your groups (CTASK_CFGDIR)"
+    other = "root's own (sudo -H), or CTASK_CFGDIR" if root else "CTASK_CFGDIR"
+    return f"it has to belong to {whose} (chown root {quoted}), or name another place for the groups: {other}"
 
 
 def _is_null(status: os.stat_result) -> bool:
