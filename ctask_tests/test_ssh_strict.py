@@ -64,7 +64,7 @@ def sick_and_well(sshd: Sshd, server: HostileServer, command: str = "echo ok") -
 
 def is_for_people(text: str) -> bool:
     """Whether a text names nothing of Python, nor of the libraries below."""
-    return text.isprintable() and not any(word in text for word in ("Error", "codec", "0x", "object", "expected"))
+    return text.isprintable() and not re.search(r"\w+Error\b|\bcodec\b|\b0x[0-9a-f]+\b|\bobject\b", text)
 
 
 # -- every number in every phase -----------------------------------------------------------------------------------
