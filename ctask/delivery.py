@@ -147,6 +147,8 @@ class Delivery:
             return
         for number, data in self.reader.take(limit):
             self.taken += len(data)
+            if number != STDERR and self.apart and self.subject.handlers.errors_only:
+                continue
             sname = "stderr" if self.apart and number == STDERR else "stdout"
             cutter = self._cutters.get(sname)
             if cutter is None:

@@ -6,20 +6,23 @@ Pure functions over what a worker says at the moment; they run in any thread and
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Container, Iterable, Sequence
+import shlex
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ctask.buffers import view
+from ctask.buffers import STDOUT, Look, view
 from ctask.errors import AuthError, BannerError, HandshakeError, HostKeyError, LocalResource, SessionError
 from ctask.failures import failure_of, named
 from ctask.gather import Cell, in_order
+from ctask.nodes import NodeSet
 from ctask.result import Ending, Group, NodeResult, processes_text, status_text
 from ctask.states import Outcome
 from ctask.worker import Worker
 
-__all__ = ["account", "escape", "gathered"]
+__all__ = ["account", "escape", "gathered", "gathered_blocks", "one_line", "shell_word"]
 
 #: What a terminal would act on: colours (SGR), then all controls but newline and tab, the characters that turn
 #: the direction of writing, the line separators of Unicode, and surrogates, which stand for bytes that are no text.
@@ -28,6 +31,8 @@ _UNSAFE = re.compile(
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _RULE = "-" * 15
+#: Characters of one word on a command line: Linux takes 131,072 bytes with the zero behind them.
+_LONGEST_WORD = 100_000
 #: Columns are padded up to this width; a longer entry pushes the rest of its own line only.
 _WIDEST = 40
 #: Failures whose texts say more than the fold of them, and are worth a line of their own.
@@ -72,21 +77,70 @@ def _shown(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{{{code:04x}}}"
 
 
+def one_line(text: str) -> str:
+    r"""Return text escaped for one line: newlines and tabs show as ``\\x0a`` and ``\\x09``, too."""
+    return escape(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
+def shell_word(text: str) -> str:
+    """Return text as one word for a shell, whatever is in it; on one line, and harmless to a terminal.
+
+    As `shlex.quote` has it, but for two kinds: a word that begins with `=` is quoted (zsh would look for a program of
+    that name), and control characters and bytes that are no UTF-8 are written as ``$'…'``, which sh does not know.
+    """
+    if one_line(text) != text:
+        return "$'" + "".join(map(_ansi_c, text.encode("utf-8", "surrogateescape"))) + "'"
+    return f"'{text}'" if text.startswith("=") and shlex.quote(text) == text else shlex.quote(text)
+
+
 def gathered(source: Worker | Iterable[Group], *, raw: bool = False) -> str:
     """Return each distinct output once, under the nodes that printed it and their number, as clush does.
 
-    Nodes stand together if they printed the same *and* ended the same way: half an output that happens to look
-    like a whole one is not mixed with it. Largest first; nodes that printed nothing are left out.
+    Nodes stand together if they printed the same *and* ended the same way, which is said behind their number where
+    that is not an exit status of 0: half an output that happens to look like a whole one is not mixed with it. By exit
+    status, those without one last; then largest first, and by the first node's name. Nodes that printed nothing are
+    left out.
 
     Args:
         raw: do not escape what the nodes printed.
     """
-    groups = source.groups() if isinstance(source, Worker) else source
-    return "\n".join(
-        f"{_RULE}\n{_names(group.nodes)} ({len(group.nodes)})\n{_RULE}\n{escape(group.output, raw=raw)}"
-        for group in groups
-        if group.output
-    )
+    return "\n".join(gathered_blocks(source, raw=raw))
+
+
+def gathered_blocks(source: Worker | Iterable[Group], *, raw: bool = False) -> Iterator[str]:
+    """Yield the parts of `gathered` one by one, each without its last newline; one output at a time is in memory."""
+    groups = _with_empty_lines(source) if isinstance(source, Worker) else source
+    for group in sorted(groups, key=_as_clush):
+        output = group.output
+        # Of a worker, what printed nothing is left out already; others cannot tell an empty line from nothing.
+        if output or isinstance(source, Worker):
+            yield f"{_RULE}\n{_header(group)}\n{_RULE}\n{escape(output, raw=raw)}"
+
+
+def _with_empty_lines(worker: Worker) -> Iterator[Group]:
+    """Yield the groups that printed something; those of nodes that printed an empty line without the silent ones."""
+    stream = STDOUT if worker.apart else 0
+    captures = {cell.node: cell.capture for cell in worker.cells}
+    for group in worker.groups():
+        if isinstance(group.shown, Look):
+            yield group
+            continue
+        nodes = [node for node in group.nodes if (kept := captures[node]) is not None and not kept.empty(stream)]
+        if nodes:
+            yield dataclasses.replace(group, nodes=named(nodes, worker.remote))
+
+
+def _as_clush(group: Group) -> tuple[bool, int, int, str]:
+    """Return what the order of blocks goes by; of as many nodes, by the first one's name as text: n10 before n2."""
+    return group.rc is None, group.rc or 0, -len(group.nodes), str(group.nodes[0])
+
+
+def _header(group: Group) -> str:
+    count = len(group.nodes)
+    how = group.why or ("" if group.rc == 0 else status_text(group.outcome, group.rc))
+    if how:
+        return f"{_names(group.nodes)} ({count}): {one_line(how)}"
+    return f"{_names(group.nodes)} ({count})" if count > 1 else _names(group.nodes)
 
 
 def account(
@@ -105,22 +159,32 @@ def account(
     Args:
         prefix: stands before the first line.
         notes: add, under its row, what a failure says beyond its name.
-        repeat: what comes before a node set to repeat the command on it; adds a last row with the nodes on which
-            nothing ran.
-        printed: the nodes that printed something, where the worker did not gather it; otherwise silent nodes that
-            exited with 0 are plain successes then.
+        repeat: what comes before a node set to repeat the command on it, ready for a shell, with the option of the
+            node set last; adds a last row with the nodes on which nothing ran.
+        printed: the nodes that printed something, where the worker did not gather it (otherwise silent nodes that
+            exited with 0 are plain successes then), or where an empty line counts, since it is shown.
     """
     rows = _rows(worker, printed)
     not_run = worker.not_run
     cells = [(row.what, _names(named(row.nodes, worker.remote)), row.about()) for row in rows]
     if repeat and not_run:
-        cells.append(("safe to repeat:", f"{repeat} {_names(not_run)} …", ""))
+        cells.append(("safe to repeat:", f"{_repetition(repeat, not_run)} …", ""))
     lines = [prefix + _headline(worker)]
     for number, text in enumerate(_table(cells)):
         lines.append(text)
         if notes and number < len(rows):
             lines += rows[number].notes()
     return "\n".join(lines)
+
+
+def _repetition(repeat: str, nodes: Any) -> str:
+    """Return a command line on these nodes; a set that is too long for one word of it is said in several."""
+    texts, count = [_names(nodes)], 1
+    while isinstance(nodes, NodeSet) and max(map(len, texts)) > _LONGEST_WORD:
+        count *= 2
+        texts = [str(part) for part in nodes.split(count)]
+    option = repeat.rpartition(" ")[2]
+    return f"{repeat} " + f" {option} ".join(map(shell_word, texts))
 
 
 @dataclass(slots=True)
@@ -154,7 +218,7 @@ class _Row:
         errors = [result.error for result in self.results]
         # What the row says already is not said again.
         texts = [e.reason.removeprefix(e.kind).lstrip(".,;: ") for e in errors if isinstance(e, _EXPLAINED)]
-        distinct = list(dict.fromkeys(_line(text) for text in texts if text))
+        distinct = list(dict.fromkeys(one_line(text) for text in texts if text))
         more = f" (and {len(distinct) - 1} more texts like it)" if len(distinct) > 1 else ""
         return [f"      {text}{more}" for text in distinct[:1]]
 
@@ -181,7 +245,7 @@ def _what(cell: Cell, printed: Container[Any] | None) -> str:
     if result is None:
         return "not ended"
     if not result.ok:
-        return _line(failure_of(result)[2])
+        return one_line(failure_of(result)[2])
     if result.rc == 0:
         return "exit 0, no output" if _silent(cell, printed) else ""
     return status_text(result.outcome, result.rc)
@@ -250,10 +314,13 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def _names(nodes: Any) -> str:
     """Return a node set folded, or the keys of local commands; a command without a key goes by its text."""
     if isinstance(nodes, list):
-        return ",".join(_line(node.command if isinstance(node, Worker) else str(node)) for node in nodes)
+        return ",".join(one_line(node.command if isinstance(node, Worker) else str(node)) for node in nodes)
     return str(nodes)
 
 
-def _line(text: str) -> str:
-    """Return text escaped for one line."""
-    return escape(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+def _ansi_c(code: int) -> str:
+    """Return a byte as it stands in ``$'…'``; octal, since hexadecimal digits would run on into those that follow."""
+    character = chr(code)
+    if character in "\\'":
+        return "\\" + character
+    return character if " " <= character <= "~" else f"\\{code:03o}"

@@ -76,11 +76,15 @@ class Handlers:
     """The callbacks of one worker, by event, in order of registration. Owner only.
 
     The lists are replaced whole when one is added, so that an event that is being delivered is not disturbed.
+
+    Attributes:
+        errors_only: `read` is of standard error alone, where it is told apart: no line is cut from standard output.
     """
 
-    __slots__ = ("close", "done", "hup", "pickup", "read", "retry", "start")
+    __slots__ = ("close", "done", "errors_only", "hup", "pickup", "read", "retry", "start")
 
     def __init__(self) -> None:
+        self.errors_only = False
         for event in EVENTS:
             setattr(self, event, ())
 

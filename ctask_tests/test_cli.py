@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from ctask.cli import arguments, main, openssh
 from ctask.cli.feed import Feeder
 from ctask.cli.terminal import Terminal
 from ctask.errors import CommandError, NodeNameError, NodeSetError, OptionError, UsageError
+from ctask_tests.cli_program import ROOT, Cli
 from ctask_tests.fix_proxy import closed_port
 from ctask_tests.fix_sshd import Sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parent.parent
 TWO = "127.0.1.[1-2]"
 THREE = "127.0.1.[1-3]"
 
@@ -212,29 +213,6 @@ def test_a_bad_node_set_in_a_file_has_a_caret_too(capsys: pytest.CaptureFixture[
 # -- what runs -----------------------------------------------------------------------------------------------------
 
 
-class Cli:
-    """`python -m ctask`, told how the server's nodes are reached."""
-
-    def __init__(self, server: Sshd) -> None:
-        options = self.options = server.options()
-        self.way = ["-l", options["user"], "-i", options["identity"]]
-        self.way += ["-o", f"Port={options['port']}", "-o", f"UserKnownHostsFile {options['known_hosts']}"]
-
-    def start(self, *words: str, **arguments: Any) -> subprocess.Popen[bytes]:
-        # A locale that knows ASCII only must make no difference.
-        environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TERM": "xterm"}
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **arguments}
-        command = [sys.executable, "-W", "error", "-m", "ctask", *self.way, *words]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
-
-    def __call__(self, *words: str, given: bytes | None = None, **arguments: Any) -> tuple[int, bytes, str]:
-        if given is not None:
-            arguments["stdin"] = subprocess.PIPE
-        with self.start(*words, **arguments) as process:
-            out, err = process.communicate(given, timeout=20)
-        return process.returncode, out or b"", (err or b"").decode()
-
-
 @pytest.fixture
 def cli(sshd: Sshd) -> Iterator[Cli]:
     yield Cli(sshd)
@@ -250,7 +228,11 @@ def test_lines_come_behind_their_nodes_and_streams_stay_apart(cli: Cli) -> None:
 
 
 def test_the_same_output_is_gathered_once(cli: Cli) -> None:
-    code, out, err = cli("-b", "-w", THREE, "-x", "127.0.1.2", "echo é; echo wrong >&2")
+    command = "echo é; echo wrong >&2"
+    code, out, err = cli("-b", "-w", THREE, "-x", "127.0.1.2", command)
+    assert (code, sorted(err.splitlines())) == (0, ["127.0.1.1: wrong", "127.0.1.3: wrong"])
+    assert out.decode() == "---------------\n127.0.1.[1,3] (2)\n---------------\né\n"
+    code, out, err = cli("-B", "-w", THREE, "-x", "127.0.1.2", command)
     assert (code, err) == (0, "")
     assert out.decode() == "---------------\n127.0.1.[1,3] (2)\n---------------\né\nwrong\n"
 
@@ -278,9 +260,10 @@ def test_exit_status_3_where_some_were_not_reached(cli: Cli) -> None:
         code, out, err = cli("-o", f"Port={port}", "-w", node, "true")
         largest = cli("-S", "-o", f"Port={port}", "-w", node, "true")[0]
     assert (code, out, largest) == (3, b"", 255)
+    repeat = shlex.join(["ctask", *cli.way, "-o", f"Port={port}"])
     assert err.splitlines()[1:] == [
         f"  tcp: refused     {node}  not run",
-        f"  safe to repeat:  ctask -w {node} …",
+        f"  safe to repeat:  {repeat} -w {node} …",
         "ctask: exit 3",
     ]
 
@@ -371,19 +354,6 @@ def test_too_long_an_input_is_not_ended_on_the_nodes_but_aborts_them(
     assert "ended on all nodes" in said[0]
     assert {result.outcome for result in worker.results()} == {Outcome.ABORTED}
     assert {str(result.stdout) for result in worker.results()} == {""}
-
-
-def test_standard_input_is_left_alone_and_mentioned(cli: Cli, tmp_path: Path) -> None:
-    mentioned = "ctask: standard input is {} that was not read; --stdin sends it to the nodes\n"
-    where = ["-w", "127.0.1.1"]
-    assert cli(*where, "cat; echo", given=b"data\n") == (0, b"127.0.1.1: \n", mentioned.format("a pipe"))
-    assert cli(*where, "-n", "echo", given=b"data\n")[2] == ""
-    assert cli(*where, "echo", given=b"")[2] == ""
-    path = tmp_path / "input"
-    path.write_text("data\n")
-    with path.open() as file:
-        assert cli(*where, "echo", stdin=file)[2] == mentioned.format("a file")
-        assert file.read() == "data\n"
 
 
 def lines_until(stream: Any, count: int) -> list[bytes]:

@@ -246,6 +246,22 @@ def test_help_lists_the_options(ask: Ask) -> None:
     assert "--list-sources" in out
 
 
+RUDE = "p\\033[2Jq\\007\\nr\\302\\220\\342\\200\\256\\377"
+
+
+def test_names_of_groups_cannot_act_on_a_terminal(ask: Ask, tmp_path: Path) -> None:
+    # They are what a source prints: a name of a partition, an attribute, a job.
+    conf = tmp_path / "groups.conf"
+    lines = f"printf '{RUDE}'"
+    conf.write_text(f"[s\x1b]0;x\x07]\nmap: echo n1\nlist: {lines}\nreverse: {lines}\nall: echo n1\n")
+    conf.chmod(0o600)
+    for words in ("-l", "-ll", "-lll", "-L", "-LL", "-l n1", "-lll n1", "-L n1", "-r n1", "--list-sources", "-ll -s x",
+                  "-f @pord", "-f @s:x", "-e @@"):  # fmt: skip
+        out, err, _ = ask("--groupsconf", str(conf), *words.split())
+        assert (out + err).replace("\n", "").isprintable(), words
+    assert ask("--groupsconf", str(conf), "-l")[0].splitlines() == ["@p\\x1b[2Jq\\x07", "@r\\x90\\u{202e}\\xff"]
+
+
 @pytest.mark.parametrize(
     ("typed", "due"),
     [("web", "@web"), ("rack[1,3],web", "@rack[1,3],@web"), ("@a!b&s:c^d", "@a!@b&@s:c^@d"), ("a, b", "@a,@b")],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from ctask import task_self
 from ctask.buffers import STDOUT, BufferStore, Capture, MemoryBudget, Output
-from ctask.display import account, escape, gathered
+from ctask.display import account, escape, gathered, shell_word
 from ctask.errors import (
     AuthRejected,
     BannerError,
@@ -209,7 +210,7 @@ def test_an_account_reads_as_promised() -> None:
         "  tcp: no answer for 10 s  r4n[45-46]  not run",
         "  host key changed         r4n47       not run, nothing was sent",
         "  auth: refused for root   r4n48       not run",
-        "  safe to repeat:          ctask -w r4n[45-48] …",
+        "  safe to repeat:          ctask -w 'r4n[45-48]' …",
     ]
 
 
@@ -366,7 +367,7 @@ def test_outputs_stand_under_their_nodes_as_clush_has_them() -> None:
     ]
     assert gathered(groups).splitlines() == [
         *("---------------", "r3n[01-48] (48)", "---------------", "a", "b"),
-        *("---------------", "r4n41 (1)", "---------------", "not installed"),
+        *("---------------", "r4n41 (1): exit 1", "---------------", "not installed"),
     ]
     assert gathered([]) == ""
 
@@ -376,4 +377,62 @@ def test_half_an_output_does_not_stand_with_a_whole_one() -> None:
         "n3", Outcome.TIMEOUT, output=b"ok\n", error=CommandTimeout("timeout after 2 s", phase="running")
     )
     worker = Fake([exited("n1", 0, b"ok\n"), exited("n2", 0, b"ok"), late])
-    assert [line for line in gathered(worker).splitlines() if line.startswith("n")] == ["n[1-2] (2)", "n3 (1)"]
+    assert [line for line in gathered(worker).splitlines() if line.startswith("n")] == [
+        "n[1-2] (2)",
+        "n3 (1): timeout after 2 s",
+    ]
+
+
+def test_blocks_come_by_status_and_those_without_one_last() -> None:
+    lost = ended("n6", Outcome.LOST, rc=255, output=b"a\n", error=ConnectionLost(phase="running"), ran=None)
+    killed = ended("n7", Outcome.SIGNALED, rc=137, signal="KILL", output=b"a\n")
+    results = [timed_out("n1", "gone"), *(exited(f"n{i}", 9, b"z\n") for i in (2, 3, 4)), exited("n5", 1, b"a\n")]
+    results[0] = ended(
+        "n1", Outcome.TIMEOUT, output=b"a\n", error=CommandTimeout("timeout after 2 s", phase="running")
+    )
+    results += [lost, killed, exited("n8", 0, b"a\n"), exited("n9", 0, b"b\n"), exited("n10", 0, b"b\n")]
+    assert [line for line in gathered(Fake(results)).splitlines() if line.startswith("n")] == [
+        "n[9-10] (2)",
+        "n8",
+        "n5 (1): exit 1",
+        "n[2-4] (3): exit 9",
+        "n7 (1): killed by SIGKILL",
+        "n6 (1): connection lost",
+        "n1 (1): timeout after 2 s",
+    ]
+
+
+def test_an_empty_line_has_a_block_and_silence_has_none() -> None:
+    worker = Fake([exited("n1", 0, b"\n"), exited("n2", 0), exited("n3", 0, b"\r\n"), exited("n4", 2)])
+    assert gathered(worker) == "---------------\nn[1,3] (2)\n---------------\n"
+
+
+WORDS: list[tuple[str, str]] = [
+    ("n1", "n1"),
+    ("n[1-4]", "'n[1-4]'"),
+    ("", "''"),
+    ("it's", "'it'\"'\"'s'"),
+    ("ü ñ", "'ü ñ'"),
+    ("=ls", "'=ls'"),
+    ("=l s", "'=l s'"),
+    ("a\nb\t\\'1", "$'a\\012b\\011\\\\\\'1'"),
+    ("\x1b[31m", "$'\\033[31m'"),
+    ("\udcff7", "$'\\3777'"),
+    ("\u202e", "$'\\342\\200\\256'"),
+]
+
+
+@pytest.mark.parametrize(("text", "word"), WORDS)
+def test_a_word_for_a_shell(text: str, word: str) -> None:
+    assert shell_word(text) == word
+
+
+def test_a_node_set_that_is_too_long_for_one_word_is_repeated_in_several() -> None:
+    names = [f"{stem}{number:040d}" for number in range(0, 3000, 2) for stem in ("a", "b")]
+    text = account(Fake([silent(name) for name in names]), repeat="ctask -u 3 -w")
+    line = text.splitlines()[-1].partition("safe to repeat:")[2]
+    words = shlex.split(line)
+    assert words[:3] + words[-1:] == ["ctask", "-u", "3", "…"]
+    assert set(words[3:-1:2]) == {"-w"}
+    assert max(map(len, words)) < 131_072
+    assert NodeSet.fromlist(words[4:-1:2]) == NodeSet.fromlist(names)

@@ -2,8 +2,8 @@
 """The command line: `python -m ctask`, and the console script `ctask`.
 
 From the ground up: `terminal` (what is written where), `words` (options and their values), `groups` (which node groups
-are meant), `arguments` (what was typed), `progress` and `feed` (the line that shrinks; standard input), `run` (the
-command itself); `nodes` (`ctask nodes`, which runs nothing).
+are meant), `listed` (nodes in files and on standard input), `arguments` (what was typed), `progress` and `feed` (the
+line that shrinks; standard input), `run` (the command itself); `nodes` (`ctask nodes`, which runs nothing).
 
 Runs in the main thread, on its task; `progress` and `feed` have a thread each while a command runs.
 """
@@ -15,8 +15,10 @@ from collections.abc import Sequence
 
 from ctask import __version__
 from ctask.cli import arguments
+from ctask.cli.listed import Lists
 from ctask.cli.run import run
 from ctask.cli.terminal import Terminal
+from ctask.display import one_line
 from ctask.errors import CtaskError, NodeSetError, UsageError
 
 __all__ = ["main"]
@@ -48,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             terminal.say(f"ctask: {arguments.USAGE}\n       ctask --help tells more")
             return 2
         else:
-            return run(arguments.request(asked), terminal)
+            return run(arguments.request(asked, Lists(terminal.say)), terminal)
     except UsageError as error:
         terminal.say(_complaint(error))
         return 2
     except CtaskError as error:
-        terminal.say(f"ctask: {error}")
+        terminal.say(f"ctask: {one_line(str(error))}")
         return 1
     except ImportError as error:
         if error.name != "paramiko":
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complaint(error: UsageError) -> str:
     """Return a usage error with, under a bad node set, a caret where it is bad."""
-    text = f"ctask: {error}"
+    # What was typed, and the names of files, must not make a line of their own.
+    text = f"ctask: {one_line(str(error))}"
     fault = error if isinstance(error, NodeSetError) else error.__cause__
     if not isinstance(fault, NodeSetError) or fault.position is None:
         return text

@@ -2,7 +2,7 @@
 """Standard input of the command line: to all nodes with `--stdin`, else left alone.
 
 `Feeder` reads in a thread of its own and hands on by `worker.write`, which any thread may call. `unread` looks, and
-neither reads nor waits.
+neither takes anything nor waits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import stat
 import sys
 import termios
 import threading
+from typing import NamedTuple
 
 from ctask.cli.terminal import Terminal
 from ctask.worker import Worker
 
-__all__ = ["Feeder", "unread"]
+__all__ = ["Feeder", "Unread", "unread"]
 
 #: Bytes that are read at a time.
 SLICE = 64 * 1024
@@ -73,16 +74,36 @@ class Feeder:
         self._worker.abort()
 
 
-def unread() -> str:
-    """Return `a pipe` or `a file` where standard input is one with something in it; else nothing."""
+class Unread(NamedTuple):
+    """Standard input with something in it.
+
+    Attributes:
+        what: `a pipe`, `a socket`, `a file`.
+        untouched: a file that nothing was read from yet, by no program that shares it.
+    """
+
+    what: str
+    untouched: bool = False
+
+
+def unread() -> Unread | None:
+    """Return what standard input is where there is something in it; else None.
+
+    A terminal and the devices of `/dev` are never meant; a pipe whose writer is slow has nothing in it yet.
+    """
     try:
         fd = sys.stdin.fileno()
         about = os.fstat(fd)
-        if stat.S_ISFIFO(about.st_mode):
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISSOCK(about.st_mode):
             waiting = fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4)
-            return "a pipe" if int.from_bytes(waiting, sys.byteorder) else ""
+            if not int.from_bytes(waiting, sys.byteorder):
+                return None
+            return Unread("a pipe" if stat.S_ISFIFO(about.st_mode) else "a socket")
         if stat.S_ISREG(about.st_mode):
-            return "a file" if os.lseek(fd, 0, os.SEEK_CUR) < about.st_size else ""
+            place = os.lseek(fd, 0, os.SEEK_CUR)
+            # A look does not move the place. The size is no answer: files of /proc have none, and a file that was
+            # opened for writing only cannot be read.
+            return Unread("a file", place == 0) if os.pread(fd, 1, place) else None
     except (AttributeError, OSError, ValueError):  # closed, or not a file of the system
         pass
-    return ""
+    return None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import random
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ctask.cli import groups
+from ctask.cli.listed import STANDARD_INPUT, Lists, Word, node_set
 from ctask.cli.terminal import Terminal
 from ctask.cli.words import Option, Table
+from ctask.display import one_line
 from ctask.errors import NodeNameError, OptionError, UsageError
 from ctask.nodes import NodeSet, RangeSet, Resolver, std_group_resolver
 
@@ -89,9 +90,9 @@ usage: ctask nodes -c|-e|-f|-r|-l|-L|--index NODE|--list-sources [options] [NODE
 Count, expand, fold and combine node sets, and look groups up. What stands on the line is taken from left to right;
 `-` is standard input, which is also read where there are no NODES at all: words, and # begins a comment.
 
-  ctask nodes -f n1 n2 n3            n[1-3]
-  ctask nodes -e @rack3 -x @down     the names of rack3 that are not down
-  ctask nodes -c n[1-9] -i n[5-20]   5
+  ctask nodes -f n1 n2 n3                n[1-3]
+  ctask nodes -e @rack3 -x @down         the names of rack3 that are not down
+  ctask nodes -c 'n[1-9]' -i 'n[5-20]'   5
 
 {TABLE.told()}
 Options may stand behind node sets as well. `--` ends them.
@@ -161,6 +162,7 @@ class _Answer:
     def __init__(self, asked: Asked, terminal: Terminal) -> None:
         self._asked = asked
         self._terminal = terminal
+        self._lists = Lists(terminal.say)
         self._ranges = "-R" in asked.options
         self._source = asked.last("-s")
         self._bare = "-G" in asked.options
@@ -186,32 +188,37 @@ class _Answer:
 
     def _combined(self) -> Set:
         """Return what the line says, from left to right."""
-        steps, options = self._asked.steps, self._asked.options
+        steps, options, reader = self._asked.steps, self._asked.options, "-"
         found: Set | None = None
         if "-a" in options:
             if self._ranges:
                 raise OptionError("-a is all nodes, and -R knows numbers only")
             found = NodeSet.fromall(resolver=self._resolver)
         elif not any(operation == "" for operation, _ in steps):
-            steps = [("", "-"), *steps]
+            steps, reader = [("", STANDARD_INPUT), *steps], "no node set on the line"
         for operation, group in itertools.groupby(steps, lambda step: step[0]):
             if not operation:
-                more = self._set([text for _, text in group])
+                more = self._set([text for _, text in group], reader)
                 found = more if found is None else found | more
                 continue
             for _, text in group:
                 if found is None:
                     raise UsageError(f"{operation} {text}: no nodes stand before it; nodes are combined left to right")
-                found = _OPERATE[operation](found, self._set([text]))
+                found = _OPERATE[operation](found, self._set([text], f"{operation} -"))
         assert found is not None
         return found
 
-    def _set(self, texts: Sequence[str]) -> Set:
-        """Return the union of sets that are written on the line; `-` is standard input."""
-        words = [word for text in texts for word in (_standard_input() if text == "-" else [text]) if word.strip()]
+    def _set(self, texts: Sequence[str], reader: str) -> Set:
+        """Return the union of sets on the line; `-` is standard input, which is read for the option `reader`."""
+        words: list[Word] = []
+        for text in texts:
+            if text == STANDARD_INPUT:
+                words += self._lists.words(text, reader)
+            elif text.strip():
+                words.append(Word(text))
         if self._ranges:
-            return RangeSet.fromlist(words)
-        return NodeSet.fromlist(words, resolver=self._resolver)
+            return RangeSet.fromlist(word.text for word in words)
+        return node_set(words, self._resolver)
 
     def _chosen(self, found: Set) -> Set:
         """Return what is left of a set by `-I` and `--pick`."""
@@ -274,7 +281,7 @@ class _Answer:
     def _regroup(self, part: Set) -> None:
         if not isinstance(part, NodeSet):
             raise OptionError("-r is of nodes, and -R knows numbers only")
-        self._say(part.regroup(self._source, noprefix=self._bare))
+        self._say(one_line(part.regroup(self._source, noprefix=self._bare)))
 
     def _index(self, found: Set) -> int:
         node = self._asked.last("--index") or ""
@@ -289,7 +296,7 @@ class _Answer:
     def _list_sources(self) -> None:
         default = None if "-q" in self._asked.options else self._resolver.default_source_name
         for name in self._resolver.sources():
-            self._say(f"{name} (default)" if name == default else name)
+            self._say(one_line(name) + (" (default)" if name == default else ""))
 
     def _list_groups(self, command: str) -> None:
         level = len(self._asked.options[command])
@@ -302,8 +309,8 @@ class _Answer:
         for source, prefix in sources:
             lines = self._all_groups(source) if wanted is None else self._groups_of(wanted, source)
             for name, held, count in lines:
-                told = [f"{prefix}{name}", *([str(held)] if level > 1 else []), *([count] if level > 2 else [])]
-                self._say(" ".join(told))
+                # What a source calls its groups is not ours, and a node set has no place for such a name.
+                self._say(" ".join([one_line(f"{prefix}{name}"), str(held), count][:level]))
 
     def _all_groups(self, source: str | None) -> Iterator[tuple[str, NodeSet, str]]:
         inside = "" if source is None else f"{source}:"
@@ -336,14 +343,6 @@ _OPERATE: dict[str, Callable[[Set, Set], Set]] = {
     "-i": lambda left, right: left & right,
     "-X": lambda left, right: left ^ right,
 }
-
-
-def _standard_input() -> list[str]:
-    """Return the words of standard input, without comments."""
-    if sys.stdin is None:
-        raise OptionError("no node set is on the line, and standard input is closed")
-    text = sys.stdin.buffer.read().decode("utf-8", "backslashreplace")
-    return [word for line in text.split("\n") for word in line.partition("#")[0].split()]
 
 
 def _with(text: str, name: str) -> str:

@@ -20,8 +20,8 @@ from ctask.cli.arguments import Request
 from ctask.cli.feed import Feeder, unread
 from ctask.cli.progress import Progress
 from ctask.cli.terminal import Terminal, TerminalLog
-from ctask.display import account, escape, gathered
-from ctask.errors import OptionError, UnknownHostKey
+from ctask.display import account, escape, gathered_blocks
+from ctask.errors import OptionError, UnknownHostKey, UsageError
 from ctask.worker import Worker
 
 __all__ = ["run"]
@@ -69,23 +69,28 @@ class _Run:
         self._printed: set[str] = set()
         self._missing_told = False
         self._asked_at = -AGAIN
+        # Whether standard input may still be told of: once.
+        self._stdin_minded = request.stdin_minded
+        self._refuse_untouched_file()
         self._worker = self._schedule()
 
     def _schedule(self) -> Worker:
         request = self._request
         if request.fanout is not None:
             self._task.set_info("fanout", request.fanout)
-        # What is shown as it comes need not be kept; what is gathered is read when all is over.
+        # What is shown as it comes need not be kept; what is gathered is read when all is over. With -b it is standard
+        # output alone that is gathered, and standard error is shown as it comes.
         worker = self._task.shell(
             request.command,
             nodes=request.nodes,
             expect=request.expect,
             stdin=request.stdin,
             gather=request.gather,
-            stderr=not request.gather,
+            stderr=not request.errors,
             **request.options,
         )
-        return worker if request.gather else worker.on("read", self._show)
+        worker.handlers.errors_only = request.gather
+        return worker if request.errors else worker.on("read", self._show)
 
     def _show(self, worker: Worker, node: str, sname: str, line: Output) -> None:
         """Write one line of a node."""
@@ -95,17 +100,37 @@ class _Run:
 
     def status(self) -> int:
         """Run it to its end, tell of it, and return the exit status."""
+        self._mention_stdin()
         if self._request.options.get("host_key_policy") == "insecure-ignore":
             nodes = self._worker.nodes
             self._terminal.say(f"ctask: host keys of {nodes} are NOT verified: StrictHostKeyChecking no (-o)")
         ended = self._wait()
         if self._request.gather:
-            for group in self._worker.groups():
-                if group.output:
-                    self._terminal.out(gathered([group], raw=self._request.raw) + "\n")
-        status = ended.status if ended is not None else self._exit_status()
-        self._tell(status)
+            for block in gathered_blocks(self._worker, raw=self._request.raw):
+                self._terminal.out(block + "\n")
+        if ended is not None:
+            status, why = ended.status, ""
+        else:
+            status, why = self._exit_status()
+        self._tell(status, why)
         return status
+
+    def _refuse_untouched_file(self) -> None:
+        """Raise if standard input is a file that was most probably meant for the command."""
+        found = unread() if self._stdin_minded else None
+        if found is not None and found.untouched:
+            raise UsageError(
+                f"standard input is {found.what}, and no node would get it: --stdin sends it to the command, -n runs "
+                "the command without it. Nothing was run"
+            )
+
+    def _mention_stdin(self) -> None:
+        """Tell, once, of standard input that no node gets; a pipe can be that of the loop that runs this program."""
+        found = unread() if self._stdin_minded else None
+        if found is not None:
+            self._stdin_minded = False
+            what = f"standard input is {found.what} with data that no node gets"
+            self._terminal.say(f"ctask: {what}; --stdin sends it, -n keeps this quiet")
 
     def _wait(self) -> Interrupted | None:
         """Wait until every node has its outcome; return what ended the run before."""
@@ -135,19 +160,24 @@ class _Run:
             self._terminal.say(f"ctask: interrupted, without {told}")
         return True
 
-    def _exit_status(self) -> int:
+    def _exit_status(self) -> tuple[int, str]:
+        """Return the exit status, and what is to be said beside it."""
         if not self._request.max_status:
-            return self._worker.exit_code()
+            return self._worker.exit_code(), ""
         results = [job.result for job in self._worker.jobs]
-        return max(255 if result is None or result.rc is None else result.rc for result in results)
+        largest = max(255 if result is None or result.rc is None else result.rc for result in results)
+        if largest <= 255:
+            return largest, ""
+        # SSH carries 32 bits, and the system takes the last eight of what a program exits with: 256 would be 0.
+        return 255, f" (the largest status is {largest})"
 
-    def _tell(self, status: int) -> None:
+    def _tell(self, status: int, why: str) -> None:
         """Tell how it went, unless there is nothing to tell and nobody who looks on."""
         terminal, worker = self._terminal, self._worker
-        if not (self._request.stdin or self._request.hush_stdin) and (what := unread()):
-            terminal.say(f"ctask: standard input is {what} that was not read; --stdin sends it to the nodes")
-        printed = None if self._request.gather else self._printed
-        text = account(worker, prefix="ctask: ", notes=True, repeat="ctask -w", printed=printed)
+        self._mention_stdin()  # its writer may have been slow
+        if self._request.gather:
+            self._printed.update(job.node for job in worker.jobs if job.capture is not None and job.capture.total)
+        text = account(worker, prefix="ctask: ", notes=True, repeat=self._request.repeat, printed=self._printed)
         if "\n" in text or status or terminal.watched:
             terminal.say(text)
         results = [job.result for job in worker.jobs]
@@ -157,7 +187,7 @@ class _Run:
                 "         ctask -o StrictHostKeyChecking=accept-new …"
             )
         if status:
-            terminal.say(f"ctask: exit {status}")
+            terminal.say(f"ctask: exit {status}{why}")
 
 
 def raise_descriptor_limit() -> None:

@@ -67,6 +67,10 @@ class Table:
             found.append((option.name, self._value(option, rest)))
         return found
 
+    def valued(self, name: str) -> bool:
+        """Return whether an option of the table has a value."""
+        return bool(self._known[name].value)
+
     def told(self) -> str:
         """Return the lines of a help text."""
         width = max(len(f"{option.name} {option.value}") for option in self._options) + 4
