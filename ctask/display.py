@@ -224,13 +224,13 @@ class _Row:
 
 
 def _rows(worker: Worker, printed: Container[Any] | None) -> list[_Row]:
-    rows: dict[tuple[int, str, str], _Row] = {}
+    rows: dict[tuple[tuple[int, int], str, str], _Row] = {}
     for cell in in_order(worker):
         what = _what(cell, printed)
         if what:
             result = cell.result
-            # By status where there is one; the others in the order of their first nodes.
-            rank = 1000 if result is None else result.rc or 0 if result.outcome is Outcome.EXITED else 999
+            # By status where there is one, which can have 32 bits; the others in the order of their first nodes.
+            rank = (2, 0) if result is None else (0, result.rc or 0) if result.outcome is Outcome.EXITED else (1, 0)
             detail = _detail(result) if result is not None else ""
             row = rows.setdefault((rank, what, detail), _Row(what, detail))
             row.nodes.append(cell.node)
@@ -319,8 +319,10 @@ def _names(nodes: Any) -> str:
 
 
 def _ansi_c(code: int) -> str:
-    """Return a byte as it stands in ``$'…'``; octal, since hexadecimal digits would run on into those that follow."""
+    """Return a byte as it stands in ``$'…'``.
+
+    Octal, since hexadecimal digits would run on into those that follow; bash's history takes a quote for the end even
+    behind a backslash, and then a `!` for an event.
+    """
     character = chr(code)
-    if character in "\\'":
-        return "\\" + character
-    return character if " " <= character <= "~" else f"\\{code:03o}"
+    return character if " " <= character <= "~" and character not in "\\'!" else f"\\{code:03o}"

@@ -112,6 +112,18 @@ def test_lists_add_up_and_are_taken_out(tmp_path: Path, typed: Callable[[bytes],
     assert str(asked(*files, "-w", "k1", "-x", "-", "true").nodes) == "k1,m1,n[1,4]"
 
 
+def test_groups_and_expressions_stand_in_lists(tmp_path: Path) -> None:
+    conf, path = tmp_path / "groups.conf", tmp_path / "nodes"
+    conf.write_text("[s]\nmapall: echo 'a: n[1-9]'; echo 'b: n[3-4]'\nall: echo 'n[1-9]'\n")
+    conf.chmod(0o600)
+    path.write_text("@a!@b!n5  # @c\nm[1-2]&m2\n")
+    words = ["--groupsconf", str(conf), "--hostfile", str(path)]
+    assert str(asked(*words, "true").nodes) == "m2,n[1-2,6-9]"
+    path.write_text("n1 # x\nn2 @c\n")
+    with pytest.raises(OptionError, match=rf"^{path}:2: no such group: @c "):
+        asked(*words, "true")
+
+
 @pytest.mark.parametrize("data", [b"", b"\n", b"# n1\n", b"\xef\xbb\xbf"])
 def test_an_empty_list_names_nobody(data: bytes, tmp_path: Path, typed: Callable[[bytes], None]) -> None:
     path = tmp_path / "nodes"

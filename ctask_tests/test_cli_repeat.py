@@ -20,8 +20,8 @@ from ctask.testing import FakeTransport
 from ctask_tests.cli_program import ROOT
 
 SHELLS = [shell for shell in ("bash", "zsh") if shutil.which(shell)]
-#: As lines are typed: with globbing, and nothing else of anybody's configuration.
-INTERACTIVE = {"bash": ["bash", "--norc", "-ic"], "zsh": ["zsh", "-fic"]}
+#: With globbing, history and all that a person's shell has, and nothing of anybody's configuration.
+INTERACTIVE = {"bash": ["bash", "--noprofile", "--norc", "-i"], "zsh": ["zsh", "-fi"]}
 #: Files that an unquoted pattern of the tests and examples would match, as logs that are named after nodes are.
 FILES = ("n1", "n7", "n17", "n40", "r1", "=ls", "rack1", "login1", "login", "a", "compute", "broken.txt")
 
@@ -30,11 +30,11 @@ def pasted(shell: str, lines: list[str], where: Path) -> list[list[str]]:
     """Return the words that `ctask` is given by each of these lines."""
     for name in FILES:
         (where / name).touch()
-    script = "ctask() { printf '%s\\0' \"$@\"; printf '\\0\\n\\0'; }\n" + "\n".join(lines)
-    environment = {**os.environ, "LC_ALL": "C.UTF-8", "HISTFILE": "/dev/null", "HOME": str(where)}
+    script = "ctask() { printf '%s\\0' \"$@\"; printf '\\0\\n\\0'; }\n" + "\n".join([*lines, ""])
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "HISTFILE": "/dev/null", "HOME": str(where), "PS1": ""}
     done = subprocess.run(
-        [*INTERACTIVE[shell], script], cwd=where, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, timeout=20, check=False, start_new_session=True,
+        INTERACTIVE[shell], input=script.encode(), cwd=where, env=environment, capture_output=True,
+        timeout=20, check=False, start_new_session=True,
     )  # fmt: skip
     calls = done.stdout.decode("utf-8", "surrogateescape").split("\0\0\n\0")[:-1]
     assert len(calls) == len(lines), done.stderr.decode()
@@ -79,6 +79,9 @@ TYPED: list[tuple[list[str], list[str]]] = [
     (["--expect", "6", "-f", "8"], ["-f", "8"]),
     (["-x", "r9", "--expect=6", "-u", "4"], ["-u", "4"]),
     (["-l", "root", "-l", "ops"], ["-l", "root", "-l", "ops"]),
+    (["-o", "UserKnownHostsFile=it's!!a!u"], ["-o", "UserKnownHostsFile=it's!!a!u"]),
+    (["-i", "-k\n'!u'!1\\'!2"], ["-i", "-k\n'!u'!1\\'!2"]),
+    (["-i", "=ls", "-i", "~/k", "-i", ""], ["-i", "=ls", "-i", "~/k", "-i", ""]),
 ]
 SET = "r[1-4],~x,=ls"
 

@@ -88,6 +88,7 @@ KINDS: list[tuple[str, Callable[[], list[int]], Unread | None]] = [
     ("an empty file", lambda: _file(b""), None),
     ("a file for reading and writing", lambda: _file(b"ab", flags=os.O_RDWR), WHOLE),
     ("a log that is appended to", lambda: _file(b"ab", flags=os.O_WRONLY | os.O_APPEND), None),
+    ("a log from its start", lambda: _file(b"ab", flags=os.O_RDWR | os.O_APPEND), WHOLE),
     ("a log at its end", lambda: _file(b"ab", at=2, flags=os.O_RDWR | os.O_APPEND), None),
     ("a file of the kernel, whose size is 0", lambda: [os.open("/proc/cpuinfo", os.O_RDONLY)], WHOLE),
     ("/dev/null", lambda: [os.open("/dev/null", os.O_RDONLY)], None),

@@ -214,6 +214,17 @@ def test_an_account_reads_as_promised() -> None:
     ]
 
 
+def test_rows_come_by_status_however_large_it_is() -> None:
+    worker = Fake([silent("n1"), exited("n2", 3_221_225_472), exited("n3", 1000), exited("n4", 2)], pending=["n5"])
+    assert [line.split("  ")[1] for line in account(worker).splitlines()[1:]] == [
+        "exit 2",
+        "exit 1000",
+        "exit 3221225472",
+        "tcp: no answer for 10 s",
+        "not ended",
+    ]
+
+
 def test_notes_say_what_a_row_does_not() -> None:
     lines = account(rack(), notes=True).splitlines()
     assert lines[0] == "96 nodes in 30.4 s: 89 exit 0 · 7 not"
@@ -415,7 +426,8 @@ WORDS: list[tuple[str, str]] = [
     ("ü ñ", "'ü ñ'"),
     ("=ls", "'=ls'"),
     ("=l s", "'=l s'"),
-    ("a\nb\t\\'1", "$'a\\012b\\011\\\\\\'1'"),
+    ("a!b", "'a!b'"),
+    ("a\nb\t\\'!1", "$'a\\012b\\011\\134\\047\\0411'"),
     ("\x1b[31m", "$'\\033[31m'"),
     ("\udcff7", "$'\\3777'"),
     ("\u202e", "$'\\342\\200\\256'"),
