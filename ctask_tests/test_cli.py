@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import re
@@ -20,7 +21,7 @@ import pytest
 from ctask import Outcome, task_self
 from ctask.cli import arguments, main, openssh
 from ctask.cli.feed import Feeder
-from ctask.cli.terminal import Terminal
+from ctask.cli.terminal import Terminal, TerminalLog
 from ctask.errors import CommandError, NodeNameError, NodeSetError, OptionError, UsageError
 from ctask_tests.cli_program import ROOT, Cli
 from ctask_tests.fix_proxy import closed_port
@@ -208,6 +209,14 @@ def test_a_bad_node_set_in_a_file_has_a_caret_too(capsys: pytest.CaptureFixture[
     err = capsys.readouterr().err
     assert err.startswith(f"ctask: {path}:1: bad node set")
     assert err.endswith("              n[2\n               ^\n")
+
+
+def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    log = TerminalLog(Terminal())
+    record = logging.makeLogRecord({"msg": "known_hosts %s: skipped", "args": ("a\nctask: exit 0\x1b[2J",)})
+    log.emit(record)
+    err = capfd.readouterr().err
+    assert err == "ctask: known_hosts a\\x0actask: exit 0\\x1b[2J: skipped\n"
 
 
 # -- what runs -----------------------------------------------------------------------------------------------------

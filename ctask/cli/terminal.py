@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any
 
-from ctask.display import escape
+from ctask.display import escape, one_line
 
 __all__ = ["OutputClosed", "Terminal"]
 
@@ -112,6 +112,7 @@ class TerminalLog(logging.Handler):
 
     def __init__(self, terminal: Terminal) -> None:
         super().__init__(logging.WARNING)
+        self.setFormatter(_OneLine())
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -120,6 +121,13 @@ class TerminalLog(logging.Handler):
             self._terminal.say(f"ctask: {self.format(record)}")
         except Exception:  # noqa: BLE001 - logging's own rule: a log must not break what it tells of
             self.handleError(record)
+
+
+class _OneLine(logging.Formatter):
+    """A message on one line, whatever names are in it; the lines of a traceback are ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return one_line(super().formatMessage(record))
 
 
 def _raw(stream: Any) -> Any:
