@@ -22,7 +22,7 @@ from ctask.result import Ending, Group, NodeResult, processes_text, status_text
 from ctask.states import Outcome
 from ctask.worker import Worker
 
-__all__ = ["account", "escape", "gathered", "gathered_blocks", "one_line", "shell_word"]
+__all__ = ["account", "escape", "gathered", "gathered_blocks", "one_line", "repetition", "shell_word"]
 
 #: What a terminal would act on: colours (SGR), then all controls but newline and tab, the characters that turn
 #: the direction of writing, the line separators of Unicode, and surrogates, which stand for bytes that are no text.
@@ -143,6 +143,20 @@ def _header(group: Group) -> str:
     return f"{_names(group.nodes)} ({count})" if count > 1 else _names(group.nodes)
 
 
+def repetition(repeat: str, nodes: Any) -> str:
+    """Return a line for a shell that repeats a command on these nodes; ``…`` stands for the command.
+
+    Args:
+        repeat: what comes before the node set, with its option last; a set too long for one word is given in several.
+    """
+    texts, count = [_names(nodes)], 1
+    while isinstance(nodes, NodeSet) and max(map(len, texts)) > _LONGEST_WORD:
+        count *= 2
+        texts = [str(part) for part in nodes.split(count)]
+    option = repeat.rpartition(" ")[2]
+    return f"{repeat} {f' {option} '.join(map(shell_word, texts))} …"
+
+
 def account(
     worker: Worker,
     *,
@@ -168,23 +182,13 @@ def account(
     not_run = worker.not_run
     cells = [(row.what, _names(named(row.nodes, worker.remote)), row.about()) for row in rows]
     if repeat and not_run:
-        cells.append(("safe to repeat:", f"{_repetition(repeat, not_run)} …", ""))
+        cells.append(("safe to repeat:", repetition(repeat, not_run), ""))
     lines = [prefix + _headline(worker)]
     for number, text in enumerate(_table(cells)):
         lines.append(text)
         if notes and number < len(rows):
             lines += rows[number].notes()
     return "\n".join(lines)
-
-
-def _repetition(repeat: str, nodes: Any) -> str:
-    """Return a command line on these nodes; a set that is too long for one word of it is said in several."""
-    texts, count = [_names(nodes)], 1
-    while isinstance(nodes, NodeSet) and max(map(len, texts)) > _LONGEST_WORD:
-        count *= 2
-        texts = [str(part) for part in nodes.split(count)]
-    option = repeat.rpartition(" ")[2]
-    return f"{repeat} " + f" {option} ".join(map(shell_word, texts))
 
 
 @dataclass(slots=True)

@@ -318,7 +318,8 @@ def test_an_unknown_host_key_is_refused_unless_told_otherwise(cli: Cli, tmp_path
     assert code == 3
     assert f"  host key not known  {TWO}  not run, nothing was sent\n      " in err
     assert "SHA256:" in err
-    assert "StrictHostKeyChecking=accept-new" in err
+    words = ["ctask", *cli.way, *nowhere[:-2], "-o", "StrictHostKeyChecking=accept-new", "-w", TWO]
+    assert f"         {shlex.join(words)} …" in err.splitlines()
     code, out, err = cli(*nowhere, "-o", "StrictHostKeyChecking=no", "echo ok")
     assert (code, out.count(b"ok\n")) == (0, 2)
     assert err == f"ctask: host keys of {TWO} are NOT verified: StrictHostKeyChecking no (-o)\n"

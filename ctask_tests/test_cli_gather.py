@@ -167,15 +167,22 @@ def test_an_empty_line_is_shown_and_silence_is_told(capfd: pytest.CaptureFixture
     assert err.splitlines()[2:] == ["  exit 0, no output  n2"]
 
 
-def test_standard_error_is_passed_on_while_the_command_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    seen: list[str] = []
+def test_standard_error_is_passed_on_while_the_command_runs(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    seen = b""
 
     def look() -> None:
-        seen.append(capfd.readouterr().err)
+        nonlocal seen
+        while seen.count(b"\n") < 2:
+            seen += os.read(reader, 100)
 
     hasty = [Step("running"), Step("out", b"a\nb\n"), Step("err", b"e1\ne2\n\x1b[2Je3"), Step("out", b"c\n")]
-    steps = [*hasty, Step("call", call=look, after=0.5), Step("exit", after=0.1)]
-    assert statuses("-b", n1=steps) == 0
-    assert seen == ["n1: e1\nn1: e2\n"]
-    out, err = capfd.readouterr()
-    assert (out, err) == ("---------------\nn1\n---------------\na\nb\nc\n", "n1: \\x1b[2Je3\n")
+    with os.fdopen(reader), os.fdopen(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        # It ends when both lines were read, and not before.
+        assert statuses("-b", n1=[*hasty, Step("call", call=look), Step("exit")]) == 0
+        assert seen == b"n1: e1\nn1: e2\n"
+        assert os.read(reader, 100) == b"n1: \\x1b[2Je3\n"
+    assert capfd.readouterr().out == "---------------\nn1\n---------------\na\nb\nc\n"

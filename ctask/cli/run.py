@@ -20,8 +20,9 @@ from ctask.cli.arguments import Request
 from ctask.cli.feed import Feeder, unread
 from ctask.cli.progress import Progress
 from ctask.cli.terminal import Terminal, TerminalLog
-from ctask.display import account, escape, gathered_blocks
+from ctask.display import account, escape, gathered_blocks, repetition
 from ctask.errors import OptionError, UnknownHostKey, UsageError
+from ctask.nodes import NodeSet
 from ctask.worker import Worker
 
 __all__ = ["run"]
@@ -181,10 +182,12 @@ class _Run:
         if "\n" in text or status or terminal.watched:
             terminal.say(text)
         results = [job.result for job in worker.jobs]
-        if any(result is not None and isinstance(result.error, UnknownHostKey) for result in results):
+        unknown = [one.node for one in results if one is not None and isinstance(one.error, UnknownHostKey)]
+        if unknown:
+            repeat = self._request.repeat.removesuffix("-w") + "-o StrictHostKeyChecking=accept-new -w"
             terminal.say(
                 "ctask: compare unknown host keys with what the nodes' consoles show; to add them then:\n"
-                "         ctask -o StrictHostKeyChecking=accept-new …"
+                f"         {repetition(repeat, NodeSet.fromlist(unknown))}"
             )
         if status:
             terminal.say(f"ctask: exit {status}{why}")
