@@ -104,6 +104,18 @@ def test_odd_names_are_words_of_a_shell(shell: str, repeat: Repeat, tmp_path: Pa
     assert pasted(shell, lines, tmp_path) == [["-n", "-w", node, "uptime"] for node in ODD]
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_long_set_is_pasted_whole(shell: str, repeat: Repeat, tmp_path: Path) -> None:
+    names = NodeSet.fromlist(f"rack{number * 7919 % 10_007}-{number % 7}" for number in range(2000))
+    listed = tmp_path / "nodes"
+    listed.write_text("\n".join(names))
+    line = repeat("-n", "--hostfile", str(listed)).replace("…", "uptime")
+    assert len(line) > 4096  # what a terminal takes as a line without an editor
+    [words] = pasted(shell, [line], tmp_path)
+    assert (words[:2], words[-1]) == (["-n", "-w"], "uptime")
+    assert NodeSet(words[2]) == names
+
+
 def test_the_set_stands_for_all_options_that_named_nodes(repeat: Repeat, tmp_path: Path) -> None:
     listed, conf = tmp_path / "nodes", tmp_path / "groups.conf"
     listed.write_text("r3 # r9\n")
