@@ -217,7 +217,7 @@ def test_a_command_that_would_empty_a_file_is_not_sent(cli: Cli, sshd: Sshd, tmp
     assert not target.exists()
 
 
-@pytest.mark.parametrize("shell", ["bash", "sh", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sh", "zsh"))])
 def test_loops_go_on_and_lose_nothing(cli: Cli, shell: str, tmp_path: Path) -> None:
     if not shutil.which(shell):
         pytest.skip(f"there is no {shell}")
