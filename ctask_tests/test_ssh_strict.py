@@ -6,6 +6,7 @@ Runs in the thread of pytest; the hostile servers are in this process, the healt
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
