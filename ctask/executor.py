@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from ctask.errors import CommandError, HandlerError, OptionError, TaskTimeout, UsageError
 from ctask.future import Future
@@ -124,9 +124,14 @@ class ClusterExecutor(concurrent.futures.Executor):
         _check(command, "map", arguments, options)
         limit = patience("timeout", timeout, past=True)
         until = None if limit is None else time.monotonic() + limit
-        parts = [nodes] if isinstance(nodes, (str, NodeSet)) else list(nodes)
-        worker = self._start(command, parts, options)
-        return _results(worker, [worker.futures[node] for part in parts for node in NodeSet(part)], until)
+        if not isinstance(nodes, Iterable):
+            raise UsageError(f"nodes is a node set or names of nodes, not {nodes!r}")
+        # Read once, and in the order that the caller gave: a group may have other nodes a moment later.
+        parts = [node_set(part) for part in ([nodes] if isinstance(nodes, (str, NodeSet)) else nodes)]
+        worker = self._start(command, NodeSet.fromlist(parts), options)
+        results = _results(worker, [worker.futures[node] for part in parts for node in part], until)
+        next(results)  # it has begun: dropping it withdraws what waits, also where nobody has asked it for a result
+        return results
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT002 (as the standard's)
         """Take no more commands, and free what the executor holds once the last has ended.
@@ -220,6 +225,7 @@ def _check(command: object, what: str, arguments: tuple[object, ...], options: d
 
 def _results(worker: Worker, futures: Iterable[Future], until: float | None) -> Iterator[NodeResult]:
     try:
+        yield cast("NodeResult", None)  # for `map`, which begins it
         for future in futures:
             yield future.result(None if until is None else max(0.0, until - time.monotonic()))
     finally:

@@ -34,6 +34,7 @@ TURN = 0.1
 #: worker, and with it all that was printed.
 MOST_ERRORS = 1000
 MOST_TRACEBACKS = 10
+_NO_LINE = Output(b"")
 #: Seconds after which the main thread looks for a signal whose moment was missed.
 SIGNALS = 0.25
 
@@ -100,7 +101,7 @@ class Mailbox:
     def picked_up(self, subject: Subject, node: str) -> None:
         """A job begins."""
         if subject.handlers.pickup:
-            self._put(lambda done, until: self._each(subject.handlers.pickup, subject, node))
+            self._put(lambda done, until: self._pickup(subject, node))
 
     def readable(self, delivery: Delivery, count: int) -> None:
         """A job has stored so many bytes more."""
@@ -270,6 +271,10 @@ class Mailbox:
         if len(self.errors) < MOST_ERRORS:
             self.errors.append(error if len(self.errors) < MOST_TRACEBACKS else error.with_traceback(None))
 
+    def _pickup(self, subject: Subject, node: str) -> None:
+        _turn_to(subject, node, None)
+        self._each(subject.handlers.pickup, subject, node)
+
     def _read(self, delivery: Delivery, done: Callable[[], bool], until: float | None) -> None:
         gave_way = False
         try:
@@ -304,10 +309,10 @@ class Mailbox:
             if delivery.left == "hup":
                 delivery.left = "done"
                 if rc is not None and handlers.hup:
-                    subject = delivery.subject
-                    subject.last_rc, subject.last = rc, (delivery.node, *subject.last[1:])
-                    self._each(handlers.hup, subject, delivery.node, rc)
+                    _turn_to(delivery.subject, delivery.node, rc)
+                    self._each(handlers.hup, delivery.subject, delivery.node, rc)
             if delivery.left == "done":
+                _turn_to(delivery.subject, delivery.node, result.rc)
                 over = True
                 self._each(handlers.done, delivery.subject, delivery.node, result)
         finally:
@@ -329,6 +334,7 @@ class Mailbox:
         try:
             over = self._last_lines(delivery, done, until)
             if over:
+                _turn_to(delivery.subject, delivery.node, None)
                 self._each(delivery.subject.handlers.retry, delivery.subject, delivery.node, attempt, error, delay)
         finally:
             self._taken = None
@@ -358,6 +364,7 @@ class Mailbox:
         follows how slow the handlers are.
         """
         subject, node = delivery.subject, delivery.node
+        subject.last_rc = None
         turn = time.monotonic() + TURN
         stride = 1
         while delivery.lines and not self._silent(delivery):
@@ -402,6 +409,13 @@ class Mailbox:
     def _credit(self, delivery: Delivery, count: int) -> None:
         delivery.credited += count
         self._gate.less(count)
+
+
+def _turn_to(subject: Subject, node: str, rc: int | None) -> None:
+    """Have the worker say whose event comes next, to handlers that ask it; another node's line is no part of that."""
+    if subject.last[0] is not node:
+        subject.last = (node, "stdout", _NO_LINE)
+    subject.last_rc = rc
 
 
 def _code(callback: object) -> object:

@@ -140,8 +140,15 @@ class Submitter:
 
 
 def node_set(nodes: NodesLike) -> NodeSet:
-    """Return a node set from its text, or from names."""
-    return NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
+    """Return a node set from its text, or from names.
+
+    Raises:
+        NodeSetError: it cannot be read; nothing was run.
+    """
+    try:
+        return NodeSet(nodes) if isinstance(nodes, (str, NodeSet)) else NodeSet.fromlist(nodes)
+    except NodeSetExternalError as error:
+        raise error.before_anything() from error.__cause__
 
 
 def _names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet:

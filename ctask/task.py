@@ -34,12 +34,12 @@ from ctask.errors import (
 from ctask.job import Job
 from ctask.nodes import NodesLike
 from ctask.numeric import limit, patience
-from ctask.options import Options
+from ctask.options import Options, Target
 from ctask.ownthread import OwnThread
 from ctask.roster import Roster, all_closed
 from ctask.states import Outcome
 from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, node_set, read_once
-from ctask.transports import transport
+from ctask.transports import in_use
 from ctask.worker import Worker
 
 __all__ = ["Task", "task_self"]
@@ -540,11 +540,14 @@ class Task(gather.Gathered):
 
         Whatever user and other options they were made with; a node is its address and port here.
         """
-        if nodes is None:
-            transport("ssh").disconnect(None)
-            return
-        call = self._options.call({})
-        transport("ssh").disconnect({call.resolve(node)[0] for node in node_set(nodes)})
+        targets: list[Target] | None = None
+        if nodes is not None:
+            call = self._options.call({})
+            targets = [call.resolve(node)[0] for node in node_set(nodes)]
+        for name, way in in_use().items():
+            disconnect = getattr(way, "disconnect", None)
+            if disconnect is not None:
+                disconnect(None if targets is None else {one for one in targets if one.transport == name})
 
     def close(self, *, deliver: bool = True, within: float = ABORT_WITHIN) -> None:
         """End everything and the task's threads. Any thread; at the end of the owner's nothing is delivered.

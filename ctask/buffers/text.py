@@ -14,7 +14,9 @@ __all__ = ["Output", "view"]
 class Output(bytes):
     r"""Bytes that take text wherever bytes take bytes (as UTF-8), and whose `str()` is text.
 
-    Bytes that are no UTF-8 show as ``\xNN`` in the text. Immutable, safe in any thread.
+    Bytes that are no UTF-8 show as ``\xNN`` in the text. It equals text and bytes, and its hash is that of its bytes,
+    which is not the one of text beyond ASCII: as a key of a dict and in a set it is found by bytes and by `Output`; use
+    `.text` or `str()` as the key where you look it up by text. Immutable, safe in any thread.
     """
 
     __slots__ = ()
@@ -38,12 +40,17 @@ class Output(bytes):
         return format(str(self), spec)
 
     def __eq__(self, other: object) -> bool:
-        return bytes.__eq__(self, other.encode() if isinstance(other, str) else other)
+        if isinstance(other, str):
+            try:
+                other = other.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:  # half a surrogate pair, which no bytes are
+                return False
+        return bytes.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = bytes.__hash__
+    __hash__ = bytes.__hash__  # see the class: no hash could be that of both text and bytes
 
     def __contains__(self, item: Any) -> bool:
         return bytes.__contains__(self, _bytes(item))
@@ -76,6 +83,48 @@ class Output(bytes):
         """As `bytes.split`; takes text; the parts are `Output`."""
         return [Output(part) for part in bytes.split(self, None if sep is None else _bytes(sep), maxsplit)]
 
+    def rfind(self, sub: Any, start: SupportsIndex | None = None, end: SupportsIndex | None = None) -> int:
+        """As `bytes.rfind`; takes text."""
+        return bytes.rfind(self, _bytes(sub), start, end)
+
+    def rindex(self, sub: Any, start: SupportsIndex | None = None, end: SupportsIndex | None = None) -> int:
+        """As `bytes.rindex`; takes text."""
+        return bytes.rindex(self, _bytes(sub), start, end)
+
+    def rsplit(self, sep: Any = None, maxsplit: SupportsIndex = -1) -> list[Output]:  # type: ignore[override]
+        """As `bytes.rsplit`; takes text; the parts are `Output`."""
+        return [Output(part) for part in bytes.rsplit(self, None if sep is None else _bytes(sep), maxsplit)]
+
+    def partition(self, sep: Any) -> tuple[Output, Output, Output]:
+        """As `bytes.partition`; takes text; the parts are `Output`."""
+        head, found, tail = bytes.partition(self, _bytes(sep))
+        return Output(head), Output(found), Output(tail)
+
+    def rpartition(self, sep: Any) -> tuple[Output, Output, Output]:
+        """As `bytes.rpartition`; takes text; the parts are `Output`."""
+        head, found, tail = bytes.rpartition(self, _bytes(sep))
+        return Output(head), Output(found), Output(tail)
+
+    def strip(self, chars: Any = None) -> Output:
+        """As `bytes.strip`; takes text, each character of which stands for its bytes; the result is `Output`."""
+        return Output(bytes.strip(self, None if chars is None else _bytes(chars)))
+
+    def lstrip(self, chars: Any = None) -> Output:
+        """As `strip`, at the start."""
+        return Output(bytes.lstrip(self, None if chars is None else _bytes(chars)))
+
+    def rstrip(self, chars: Any = None) -> Output:
+        """As `strip`, at the end."""
+        return Output(bytes.rstrip(self, None if chars is None else _bytes(chars)))
+
+    def removeprefix(self, prefix: Any) -> Output:
+        """As `bytes.removeprefix`; takes text; the result is `Output`."""
+        return Output(bytes.removeprefix(self, _bytes(prefix)))
+
+    def removesuffix(self, suffix: Any) -> Output:
+        """As `bytes.removesuffix`; takes text; the result is `Output`."""
+        return Output(bytes.removesuffix(self, _bytes(suffix)))
+
     def replace(self, old: Any, new: Any, count: SupportsIndex = -1) -> Output:
         """As `bytes.replace`; takes text; the result is `Output`."""
         return Output(bytes.replace(self, _bytes(old), _bytes(new), count))
@@ -83,7 +132,7 @@ class Output(bytes):
 
 def _bytes(item: Any) -> Any:
     if isinstance(item, str):
-        return item.encode()
+        return item.encode("utf-8", "surrogateescape")
     if isinstance(item, tuple):
         return tuple(_bytes(part) for part in item)
     return item

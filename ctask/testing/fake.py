@@ -299,6 +299,13 @@ class FakeTransport:
     def keep(self, connection: Any, *, alone: bool = False) -> None:
         """See `Transport`."""
 
+    def disconnect(self, targets: Iterable[Target] | None = None) -> None:
+        """See `Transport`: the next command gets another connection."""
+        wanted = {(target.address, target.port) for target in targets} if targets is not None else None
+        for connection in list(self._connections.values()):
+            if wanted is None or (connection.target.address, connection.target.port) in wanted:
+                connection.retire()
+
     def reserve(self) -> bool:
         """See `Transport`."""
         return True

@@ -9,7 +9,7 @@ from typing import Any
 from ctask.errors import OptionError
 from ctask.options import TRANSPORTS
 
-__all__ = ["close", "end_local", "register", "transport"]
+__all__ = ["close", "end_local", "in_use", "register", "transport"]
 
 _OWN = ("local", "ssh")
 _registered: dict[str, Any] = {}
@@ -33,6 +33,12 @@ def transport(name: str) -> Any:
 
         return ssh.transport()
     raise OptionError(f"there is no transport {name!r} (any more); there are: {', '.join(sorted(TRANSPORTS))}")
+
+
+def in_use() -> dict[str, Any]:
+    """Return the transports that anything may have used by now, by name; none is loaded for this. Any thread."""
+    loaded = {name: getattr(sys.modules.get(f"ctask.transports.{name}"), "transport", None) for name in _OWN}
+    return {name: made() for name, made in loaded.items() if made is not None and name not in _registered} | _registered
 
 
 def register(name: str, made: Any) -> None:

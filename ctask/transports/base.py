@@ -8,7 +8,7 @@ SSH, the fake transport of the tests and, later, SFTP are all this one shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from socket import socket
 from typing import Protocol
 
@@ -161,6 +161,12 @@ class Transport(Protocol):
         The reservation of its dial becomes the connection's. Never waits. Dispatcher.
         """
 
+    def disconnect(self, targets: Iterable[Target] | None = None) -> None:
+        """Close the kept connections to the addresses and ports of these targets, or all; busy ones after their jobs.
+
+        Never waits. Any thread.
+        """
+
     def reserve(self) -> bool:
         """Take a descriptor for a dial, closing an idle connection for it; False where none can be had.
 
@@ -183,6 +189,8 @@ class Transport(Protocol):
         """Whether `target` could not be reached lately and has not been since: its jobs start last. Submit."""
 
 
-#: What a transport has, by name. It may have `by_files` besides: True says that its room is bounded by the descriptors
-#: that this process may open, which is then told as the reason.
-PARTS = ("dials", *sorted(name for name in vars(Transport) if not name.startswith("_")))
+#: What a transport has, by name; one that keeps no connections can do without `disconnect`. It may have `by_files`
+#: besides: True says that its room is bounded by the descriptors that this process may open, which is then told as the
+#: reason.
+_MAY_LACK = ("disconnect",)
+PARTS = ("dials", *sorted(name for name in vars(Transport) if not name.startswith("_") and name not in _MAY_LACK))

@@ -72,6 +72,9 @@ class LocalTransport:
     def keep(self, connection: Connection, *, alone: bool = False) -> None:
         """It is kept anyway."""
 
+    def disconnect(self, targets: Iterable[Target] | None = None) -> None:
+        """There is nothing to close: a local command has no connection."""
+
     def reserve(self) -> bool:
         """Nothing is dialed: who finds no place waits for one."""
         return False
