@@ -20,5 +20,5 @@ done
 echo "ctask: running the tests marked \`load\` beside two busy loops"
 # Only the files that have such a test are read: all of them would take a quarter of the time.
 # shellcheck disable=SC2046 # file names of ours
-timeout --foreground -k 5 90 "$python" -m pytest -m load --rounds 10 --rounds-time 60 -n 2 "$@" \
+timeout --foreground -k 5 90 "$python" -m pytest -m load --rounds 10 --rounds-time 60 --timeout 25 -n 2 "$@" \
     $(grep -lE 'mark\.load\b' ctask_tests/test_*.py)
