@@ -125,7 +125,8 @@ class Stop:
         grace: seconds between TERM and KILL.
         by: `session` ends all that the command has started; `signal` only asks the server to signal the command. That
             is for accounts whose sshd runs a ForceCommand, which a second channel would run once more (a `command=` of
-            a key is noticed). OpenSSH signals neither that nor what runs as root: `remote_state` is `unknown` then.
+            a key is noticed). OpenSSH signals neither that nor what runs as root, and no answer tells of what the
+            command had started: `remote_state` is `unknown` then.
     """
 
     policy: str = "kill"

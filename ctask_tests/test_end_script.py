@@ -182,6 +182,21 @@ def test_behind_a_wrapper_it_ends_nothing(nodes: list[Node], tmp_path: Path, she
     assert node.alive() == node.pids
 
 
+def test_a_login_shell_that_stays_is_passed_by(nodes: list[Node], tmp_path: Path, shell: list[str]) -> None:
+    node = make(nodes, tmp_path, SLEEPS, STUBBORN)
+    stays = ["env", "SSH_CONNECTION='127.0.0.9 1 127.0.0.9 2'", "sh", "-c", quoted('"$@"; exit'), "login", *shell]
+    assert node.script(stays, "kill 100 2 1") == ["ending", "told 1 1", "gone 1"]
+    assert node.alive() == node.pids[1:]
+
+
+def test_a_look_finds_what_has_lost_the_leader_of_its_session(
+    nodes: list[Node], tmp_path: Path, shell: list[str]
+) -> None:
+    node = make(nodes, tmp_path, "sleep 60 & echo $!; exit")
+    wait_until(lambda: process_table()[node.pids[0]].parent == 1, what="an orphan")
+    assert node.script(shell, "look 0 0") == ["unclean"]
+
+
 def test_a_script_that_was_cut_off_does_nothing(nodes: list[Node], tmp_path: Path, shell: list[str]) -> None:
     node = make(nodes, tmp_path, SLEEPS)
     last = SCRIPT.rindex("ctask_end")
@@ -207,6 +222,7 @@ def test_it_needs_no_pgrep_and_no_children_files() -> None:
     said = "\n".join(line for line in SCRIPT.splitlines() if not line.lstrip().startswith("#"))
     assert set(re.findall(r"/proc/[\w$*]*(?:\[0-9\]\*)?/?\w*", said)) <= {
         "/proc/uptime", "/proc/1/stat", "/proc/$ME/stat", "/proc/[0-9]*/stat", "/proc/$PID/wchan", "/proc/",
+        "/proc/$", "/proc/$1/environ", "/proc/$1/fd",
     }
     assert not re.search(r"\b(pgrep|pkill|pidof|killall)\b", said)
 

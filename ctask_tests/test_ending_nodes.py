@@ -26,14 +26,25 @@ if TYPE_CHECKING:
 KILL = Stop("kill", 0.1)
 TERM = Stop("term", 0.1)
 #: Login shells by the name of the program; each has an account of its name, with the rights of the tests' account.
-SHELLS = {"tcsh": "/usr/bin/tcsh", "fish": "/usr/bin/fish", "busybox": "$FOLDER/ash", "slow": "$FOLDER/slow"}
+SHELLS = {
+    "tcsh": "/usr/bin/tcsh",
+    "fish": "/usr/bin/fish",
+    "zsh": "/usr/bin/zsh",
+    "bash": "/bin/bash",
+    "busybox": "$FOLDER/ash",
+    "slow": "$FOLDER/slow",
+    "noisy": "$FOLDER/noisy",
+    "stays": "$FOLDER/stays",
+}
 
 ACCOUNTS = f"""
 mkdir -m 700 "$FOLDER/home"
 chown {ACCOUNT} "$FOLDER/home"
 ln -s "$(command -v busybox || echo /none)" "$FOLDER/ash"
 printf '#!/bin/sh\\n[ ! -e "%s/wait" ] || sleep 0.3\\nexec /bin/sh "$@"\\n' "$FOLDER" >"$FOLDER/slow"
-chmod 755 "$FOLDER/slow"
+printf '%s\\n' '#!/bin/sh' "[ -e $FOLDER/noise ] || exec /bin/sh \\"\\$@\\"" ". $FOLDER/noise" >"$FOLDER/noisy"
+printf '#!/bin/sh\\n/bin/sh "$@"\\nexit\\n' >"$FOLDER/stays"
+chmod 755 "$FOLDER/slow" "$FOLDER/noisy" "$FOLDER/stays"
 {{
     cat /etc/passwd
     rights=$(id -u {ACCOUNT}):$(id -g {ACCOUNT})
@@ -91,9 +102,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- login shells
 
 
-@pytest.mark.parametrize("shell", ["tcsh", "fish", "busybox"])
+@pytest.mark.parametrize("shell", ["tcsh", "fish", "zsh", "bash", "busybox", "stays"])
 def test_any_login_shell_will_do(node: Sshd, shell: str) -> None:
-    needs_mounts(shell)
+    needs_mounts(*[shell] if shell != "stays" else [])
     line = """sh -c 'trap "" TERM; echo $$; exec sleep 60'"""
     with logged_in(node, f"{ACCOUNT}-{shell}") as connection:
         doomed, spared = (Running(connection, line) for _ in range(2))
@@ -101,6 +112,30 @@ def test_any_login_shell_will_do(node: Sshd, shell: str) -> None:
         assert not alive(doomed.pids)
         assert alive(spared.pids)
         assert not connection.retired
+
+
+#: What a login shell prints around what it runs: the title of a terminal, much, on both streams, all the time.
+NOISES = {
+    "title": """printf '\\033]0;node\\007'; exec /bin/sh "$@" """,
+    "much": """yes 'All your base' | head -c 3000000; printf '> '; exec /bin/sh "$@" """,
+    "errors": """yes 'stty: not a tty' | head -c 300000 >&2; printf 'x' >&2; exec /bin/sh "$@" """,
+    "after": """/bin/sh "$@"; printf '\\033[H\\033[J'; yes logout | head -c 100000 """,
+    "between": """while printf '\\033]0;%s\\007' node && sleep 0.01; do :; done & /bin/sh "$@"; kill $! """,
+}
+
+
+@pytest.mark.parametrize("noise", list(NOISES))
+def test_what_a_login_shell_prints_hides_no_word(node: Sshd, noise: str) -> None:
+    with logged_in(node, f"{ACCOUNT}-noisy") as connection:
+        stubborn, doomed = Running(connection, STUBBORN), Running(connection, STUBBORN)
+        file = node.folder / "noise"
+        file.write_text(NOISES[noise])
+        try:
+            assert end(connection, doomed, KILL) == Ending("gone", 1)
+            answer = end(connection, stubborn, TERM)
+        finally:
+            file.unlink()
+        assert (answer.state, [process.pid for process in answer.processes]) == ("alive", stubborn.pids)
 
 
 @pytest.mark.slow
@@ -210,8 +245,8 @@ def test_a_node_without_proc(sshd_factory: SshdFactory, user: str) -> None:
     server = sshd_factory(mounts="mount -t tmpfs none /proc")
     with logged_in(server, user) as connection:
         command = Running(connection, "echo $$; exec sleep 60")
-        # Nothing finds it there. sshd signals the commands of accounts, never those of root.
-        assert end(connection, command, KILL) == Ending("unknown" if user == "root" else "gone")
+        # Nothing finds it there. sshd signals the commands of accounts, never those of root, and sees no others.
+        assert end(connection, command, KILL) == Ending("unknown")
         assert alive(command.pids) == (set(command.pids) if user == "root" else set())
 
 

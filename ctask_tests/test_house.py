@@ -34,6 +34,7 @@ MAX_FUNCTION_LINES = 60
 #: Files that are longer, until their rooms are divided.
 LIMITS = {
     "ctask/transports/ssh/channel.py": 520,
+    "ctask/transports/ssh/ending.py": 620,
     "ctask/transports/ssh/transport.py": 610,
     "ctask/job.py": 520,
     "ctask/options.py": 520,

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the tests need beyond Python: OpenSSH's server, as a program only, and where root runs them an account for
 # the nodes, since a login shell that reads somebody's .bashrc costs time and makes results depend on it; and, as root,
-# what some nodes have and others have not: sudo, tcsh, fish, busybox.
+# what some nodes have and others have not: sudo, tcsh, fish, zsh, busybox, and dropbear in OpenSSH's place.
 # Not root: nothing is changed, and what is missing is said in one line. Does nothing that is done already.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
@@ -52,9 +52,11 @@ if ! command -v sshd >/dev/null; then
 fi
 
 missing=''
-for program in sudo tcsh fish busybox; do
+for program in sudo tcsh fish zsh busybox; do
     command -v "$program" >/dev/null || missing="$missing $program"
 done
+# The program without the service that Debian's package "dropbear" would start.
+command -v dropbear >/dev/null || missing="$missing dropbear-bin"
 if [ "$missing" ] && is_root && command -v apt-get >/dev/null; then
     # shellcheck disable=SC2086 # each is a word
     install_others $missing || say "they could not be had: the tests that need them are skipped"

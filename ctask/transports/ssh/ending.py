@@ -46,10 +46,14 @@ _LAST_OUTPUT = 0.25
 _TURN = 0.25
 #: How often another script is asked for because the node found another number of commands.
 RECOUNTS = 5
-#: Seconds that a command's output may stay open after a signal ended the command.
+#: Seconds that a command's output may stay open after a signal ended the command; and in how many steps a script is
+#: asked for after that.
 _CLOSED = 0.5
-#: Bytes that are read of a script.
+_LOOKS = 10
+#: Bytes that are read of a script's own lines, or of a line of anything; and of all that comes: a login shell prints
+#: what it likes.
 _WORDS_LIMIT = 65_536
+_NOISE_LIMIT = 16 << 20
 #: Processes of one session that are told of; the script names as many.
 _PROCESSES = 16
 #: Characters of a name; the kernel has 15, or 63 for its own threads.
@@ -68,12 +72,14 @@ def end(
 
     What the states mean here:
 
-    * `gone`: the script saw nothing left of the session; or the node said of itself how the command ended (what such a
-      command left in the background is its own affair); or it was never sent. By signal requests: the command ended
-      and nothing holds its output open, which is all that the node tells then.
+    * `gone`: the script saw nothing left of the session, or of the family where the server makes none; or the node said
+      how the command ended before anything was sent to end it (what such a command left in the background is its own
+      affair); or it was never sent. The end of a command that got a signal of ours says nothing of its children: then a
+      script, where one can be had afterwards, has to find nothing left of it.
     * `alive`: `processes` were there when the script last looked, after TERM.
     * `left`: by the policy `leave`. A command with a terminal is hung up by the server all the same.
-    * `unknown`: the node did not answer, cannot be asked, or shows only a part.
+    * `unknown`: the node did not answer, cannot be asked, or shows only a part; it ended by a signal request, and
+      nothing tells of the rest.
 
     A process that has left its session (`setsid`) is not ended. What sudo, su and runuser run in a session of its own
     is a part of the command, for they wait for it.
@@ -107,6 +113,12 @@ class _Ender:
         self._words: _Words | None = None
         #: sessions that are closed later, when their KILL is due
         self._later: list[SshSession] = []
+        #: those whose process group the server was asked to signal: how the command ends is no word about the rest
+        self._signalled: set[SshSession] = set()
+        #: those that ended so
+        self._doubtful: list[SshSession] = []
+        #: whether scripts answer here, as far as is known
+        self._scripts = stop.by != "signal" and not connection.link.forced_command
 
     def run(self) -> dict[Session, Ending]:
         """End them, by one way or another; returns by the deadline."""
@@ -116,11 +128,11 @@ class _Ender:
         self._sort()
         if self._stop.policy == "leave":
             self._answer_all(Ending("left"))
-        elif self._open:
-            by_signal = self._stop.by == "signal" or self._link.forced_command or self._link.uncounted
-            if by_signal or not self._by_script():
-                self._by_signal()
+        elif self._open and (not self._scripts or self._link.uncounted or not self._by_script()):
+            self._by_signal()
         self._answer_all(Ending("unknown"))
+        if self._doubtful:
+            self._look()
         while self._draining:
             self._changed.clear()
             now = time.monotonic()
@@ -139,13 +151,27 @@ class _Ender:
         for session in list(self._open):
             if session in besides:
                 continue
-            if session._exited or session.never_ran:
+            if session.never_ran or (session._exited and session not in self._signalled):
                 self._answer(session, Ending("gone"))
+            elif session._exited:
+                self._doubt(session)
             elif not session.counts or self._link.dead:
                 self._answer(session, Ending("unknown"))
 
-    def _answer(self, session: SshSession, ending: Ending) -> None:
+    def _signal(self, name: bytes) -> None:
+        """Ask the server to signal the process groups of those that are open."""
+        for session in self._open:
+            self._signalled.add(session)
+            session.signal(name)
+
+    def _doubt(self, session: SshSession) -> None:
+        """Note that a command ended by a signal of ours: what it started may live."""
         self._open.remove(session)
+        self._doubtful.append(session)
+
+    def _answer(self, session: SshSession, ending: Ending) -> None:
+        if session in self._open:
+            self._open.remove(session)
         self._answers[session] = ending
         if ending.state == "gone":
             # What the command said at last comes by another channel than the word that it is gone.
@@ -187,6 +213,7 @@ class _Ender:
             answered = self._follow(script)
             if answered is not None:
                 return answered
+        self._scripts = False
         return False
 
     def _follow(self, script: _Script) -> bool | None:
@@ -196,7 +223,10 @@ class _Ender:
             return True
         if first != b"ending":
             self._sort()
-            return None if first == b"recount" else False
+            if first == b"recount" or script.unheard:
+                return None
+            self._scripts = not script._running
+            return False
         # What it counted is its own to tell of: the end of a command says nothing of its children that ignore TERM.
         self._sort(besides=words.numbers.values())
         reports = {number: _Report(session) for number, session in words.numbers.items()}
@@ -225,8 +255,7 @@ class _Ender:
                 if signalled:
                     return None
                 # sshd itself can still tell the commands to end.
-                for session in self._open:
-                    session.signal(b"TERM")
+                self._signal(b"TERM")
                 if not script._running:
                     return None  # it is the node that does not answer, and not a slow login shell
                 signalled, until = True, self._deadline
@@ -236,7 +265,7 @@ class _Ender:
             if signalled and not word:
                 for session in list(self._open):
                     if session._exited and session._over:
-                        self._answer(session, Ending("gone"))
+                        self._doubt(session)
             elif word[:1] == [b"ending"]:
                 return b"ending"
             recount = recount or word[:1] == [b"recount"]
@@ -264,13 +293,42 @@ class _Ender:
         elif verb == b"left" and self._told is not None and report.so_far().state == "alive":
             self._told(report.session, report.so_far())
 
+    def _look(self) -> None:
+        """Have the node say whether anything is left of those that ended by a signal of ours."""
+        clean = False
+        tries = _LOOKS if self._scripts else 0
+        while tries and not clean and not self._link.dead:
+            tries -= 1
+            script = _Script(self._connection, (), self._stop)
+            if not script.ask(self._deadline):
+                break
+            self._words = script.words
+            clean = self._is_clean(script.words)
+            if script._running or not tries:
+                break
+            # A server that allows one session may take a moment until it has forgotten the one that was closed.
+            self._changed.clear()
+            self._changed.wait(min(_CLOSED / _LOOKS, max(0.0, self._deadline - time.monotonic())))
+        for session in self._doubtful:
+            self._answer(session, Ending("gone" if clean else "unknown"))
+
+    def _is_clean(self, words: _Words) -> bool:
+        while True:
+            try:
+                word = self._next(words, self._deadline)
+            except queue.Empty:
+                return False
+            if word is None:
+                return False
+            if word:
+                return word[0] == b"clean"
+
     # --- by signal requests
 
     def _by_signal(self) -> None:
         """Ask the server to signal the commands' process groups; only it knows them then."""
         self._sort()
-        for session in self._open:
-            session.signal(b"TERM")
+        self._signal(b"TERM")
         due = time.monotonic() + min(self._stop.grace, _LONGEST_GRACE)
         killed = False
         exits: dict[SshSession, float] = {}
@@ -285,8 +343,7 @@ class _Ender:
                 if self._stop.policy != "kill":
                     break
                 killed = True
-                for session in self._open:
-                    session.signal(b"KILL")
+                self._signal(b"KILL")
             ends = [self._deadline, *(at + _CLOSED for at in exits.values() if at + _CLOSED > now)]
             if self._draining:
                 ends.append(drained)
@@ -297,11 +354,10 @@ class _Ender:
     def _judge(self, exits: dict[SshSession, float], now: float) -> None:
         """Answer the sessions of which the node will say no more."""
         for session in list(self._open):
-            if session._exited and session._over:
-                self._answer(session, Ending("unknown" if self._link.dead else "gone"))
-            elif session._exited:
-                if now >= exits.setdefault(session, now) + _CLOSED:
-                    self._answer(session, Ending("unknown"))
+            if session._exited:
+                # One whose output is open holds the only place of a server that allows one session.
+                if session._over or now >= exits.setdefault(session, now) + _CLOSED:
+                    self._doubt(session)
             elif session._over or session._signal_refused or self._link.dead:
                 self._answer(session, Ending("unknown"))
 
@@ -358,10 +414,11 @@ class _Words:
         #: K -> session, as they were counted; written before the first word can come
         self.numbers: dict[int, SshSession] = {}
         self._script = script
-        self._word = script.word
+        self._word = script.word + b" "
         self._lines: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._tail = b""
         self._room = _WORDS_LIMIT
+        self._noise = _NOISE_LIMIT
         self._over = False
 
     def next(self, until: float) -> list[bytes] | None:
@@ -376,18 +433,24 @@ class _Words:
         """Nothing: the first word tells that it runs."""
 
     def data(self, stream: int, chunk: bytes) -> None:
-        if stream == STDOUT and self._room > 0:
-            self._tail += chunk[: self._room]
-            self._room -= len(chunk)
+        self._noise -= len(chunk)
+        if stream == STDOUT and self._listens():
+            self._tail += chunk
 
     def flush(self) -> None:
         *lines, self._tail = self._tail.split(b"\n")
         for line in lines:
-            parts = line.split(None, 6)
-            if len(parts) > 1 and parts[0] == self._word:
-                self._lines.put(parts[1:])
-        if self._over or self._room <= 0:
+            # The word may stand behind what a shell prints without an end of line, such as the title of a terminal.
+            if self._word in line and self._room > 0:
+                said = line.rpartition(self._word)[2]
+                self._room -= len(self._word) + len(said) + 1
+                if self._room >= 0:
+                    self._lines.put(said.rstrip(b"\r").split(None, 5))
+        if self._over or not self._listens():
             self._lines.put(None)
+
+    def _listens(self) -> bool:
+        return self._room > 0 and self._noise > 0 and len(self._tail) <= _WORDS_LIMIT
 
     def wake(self) -> None:
         """Have `next` return an empty line."""
@@ -398,7 +461,7 @@ class _Words:
         return 0
 
     def may(self, session: Session) -> bool:
-        return self._room > 0
+        return self._listens()
 
     def writable(self) -> None:
         self._script.feed()
@@ -412,7 +475,11 @@ class _Words:
 
 
 class _Script(SshSession):
-    """The session of a script. It goes on until it is done, whoever has stopped to listen."""
+    """The session of a script. It goes on until it is done, whoever has stopped to listen.
+
+    Args:
+        targets: what it is to end; nothing: it only looks whether anything is left of commands that have ended.
+    """
 
     __slots__ = ("_connection", "_stop", "_targets", "_unsent", "word", "words")
 
@@ -440,6 +507,14 @@ class _Script(SshSession):
         self._send(self._opening())
         return True
 
+    @property
+    def unheard(self) -> bool:
+        """Whether the node closed its session and answered nothing.
+
+        dropbear (until 2024) does so where another command ends while a session has not begun (its commit 71521d1b).
+        """
+        return self._over and self._error is None and not (self._running or self._link.dead)
+
     def release(self) -> None:
         """Let another script be asked for."""
         over = self._connection.script_over
@@ -452,7 +527,7 @@ class _Script(SshSession):
         running = [each for each in self._link.channels() if isinstance(each, SshSession) and each.counts]
         running.sort(key=lambda session: session._committed)
         numbers = {n: session for n, session in enumerate(running, 1) if session in self._targets}
-        if numbers:
+        if numbers or not self._targets:
             self.words.numbers = numbers
             self._command = Command(line=self._line(numbers, len(running)), stdin=True)
         else:
@@ -463,7 +538,8 @@ class _Script(SshSession):
         stop = self._stop
         grace = round(min(stop.grace, _LONGEST_GRACE) * 100)
         which = " ".join(map(str, numbers))
-        words = f"exec /bin/sh -s {self.word.decode()} {stop.policy} {grace} {count} {which}"
+        policy = stop.policy if self._targets else "look"
+        words = f"exec /bin/sh -s {self.word.decode()} {policy} {grace} {count} {which}"
         return words.encode()
 
     def feed(self) -> None:
