@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -594,6 +595,42 @@ class TestEnding:
         assert states(here.end([session], Stop(grace=0.2), within=5.0)) == ["gone"]
         assert not alive(stubborn)
         sink.wait()
+
+    @pytest.mark.parametrize("heeds", [True, False], ids=["heeds", "ignores"])
+    def test_what_su_waits_for_is_a_part_of_the_command(
+        self, here: LocalConnection, tmp_path: Path, heeds: bool
+    ) -> None:
+        # By the name: what another program starts so has left on purpose.
+        su = tmp_path / "su"
+        shutil.copy(shutil.which("dash") or "/bin/sh", su)
+        inner = tmp_path / "inner"
+        inner.write_text(f"{'' if heeds else 'trap : TERM'}\n(trap '' TERM; echo $$; exec sleep 60) & wait; wait\n")
+        outer = tmp_path / "outer"
+        outer.write_text(f"trap 'kill $!; exit' TERM; setsid sh {inner} & echo $!; wait\n")
+        session, sink = begin(here, f"{su} {outer}; true")
+        pids_in(sink, 2)
+        begun = time.monotonic()
+        ending = here.end([session], Stop("term", 0.3), within=0.5)[session]
+        assert ending.state == "alive", "by term only"
+        assert "sleep" in [process.name for process in ending.processes]
+        assert time.monotonic() - begun >= 0.3
+        other, sink = begin(here, f"{su} {outer}; true")
+        pids = pids_in(sink, 2)
+        assert states(here.end([other], Stop("kill", 0.2), within=5.0)) == ["gone"]
+        assert not any(alive(pid) for pid in pids)
+        for process in ending.processes:
+            os.kill(process.pid, signal.SIGKILL)
+
+    @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("su") is None, reason="only root's su asks for no password")
+    def test_a_command_of_su_is_ended_as_well(self, here: LocalConnection) -> None:
+        line = "su root -s /bin/sh -c 'trap \"\" TERM HUP; echo $$; sleep 60 & echo $!; wait; wait'"
+        session, sink = begin(here, line)
+        pids = pids_in(sink, 2)
+        (ending,) = here.end([session], Stop("kill", 0.2), within=5.0).values()
+        assert ending.state == "gone"
+        assert ending.ended is not None
+        assert ending.ended >= 3, "su, the shell, and its child"
+        assert not any(alive(pid) for pid in pids)
 
     def test_a_number_that_is_anothers_by_now_gets_no_signal(self, here: LocalConnection) -> None:
         # A stranger, seen as if it had got the number of a command that has ended.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ctask import __version__
+from ctask import __version__, children
 from ctask.cli import arguments
 from ctask.cli.listed import Lists
 from ctask.cli.run import run
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: standard output cannot be written to any more.
     """
+    children.start_as_program()
     terminal = Terminal()
     words = sys.argv[1:] if argv is None else argv
     try:

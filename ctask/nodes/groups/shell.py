@@ -16,15 +16,19 @@ Runs in the thread that asks, which waits for the command. No state.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import re
+import select
 import selectors
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
+from typing import Self
 
+from ctask import children
 from ctask.errors import GroupResolverIllegalCharError
 from ctask.errors.text import printable
 
@@ -40,6 +44,12 @@ _KEPT_ERROR = 2000
 #: Seconds that one look at its output takes at most: epoll counts milliseconds in an int.
 _LONGEST_LOOK = 3600.0
 _GONE = 2.0
+#: Seconds between looks at a command where the kernel has no pidfd (before 5.3): the first, and the longest.
+_FIRST_LOOK = 0.002
+_LAST_LOOK = 0.05
+_SHELL = "/bin/sh"
+#: The descriptor by which a shell says the exit status of a command where SIGCHLD is ignored; shells know one digit.
+_STATUS = 9
 
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(GROUP|NODE|SOURCE|CFGDIR)\}|(GROUP|NODE|SOURCE|CFGDIR)(?![A-Za-z0-9_]))")
 _NAMES = ("GROUP", "NODE", "SOURCE", "CFGDIR")
@@ -118,7 +128,8 @@ def run(command: str, *, variables: Mapping[str, str], folder: str | None, timeo
     """Run a command by `/bin/sh`, without standard input, and return what it prints.
 
     It has a session of its own, so that no program in it can ask for a password on the terminal; at the deadline, all
-    that is in that session's process group is killed.
+    that is in that session's process group is killed. It begins with the signals of a fresh login, whatever this
+    process ignores or blocks.
 
     Args:
         command: as it stands in the configuration.
@@ -127,44 +138,159 @@ def run(command: str, *, variables: Mapping[str, str], folder: str | None, timeo
         timeout: seconds.
 
     Raises:
-        CommandFailedError: another status than 0, no end in time, too much output, or no start at all.
+        CommandFailedError: another status than 0, or one that is not known, no end in time, too much output, or no
+            start at all.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _NAMES} | dict(variables)
     try:
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", quoted(command)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
+        child = _Child(quoted(command), folder, environment)
     except (OSError, ValueError) as error:  # a folder that is gone, a NUL in a value
         raise CommandFailedError(f"could not be started: {error}") from error
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process.stdout, process.stderr:
+    with child:
         try:
-            output, told = _read(process, time.monotonic() + timeout, timeout)
+            output, told = _read(child, time.monotonic() + timeout, timeout)
         except BaseException:  # Ctrl-C as well: nothing is left running
-            _kill(process)
+            child.kill()
             raise
-    if process.returncode:
-        raise CommandFailedError(_ended(process.returncode, told))
+    if child.status is None:
+        raise CommandFailedError(f"is taken for failed: {children.why_unknown()}")
+    if child.status:
+        raise CommandFailedError(_ended(child.status, told))
     if told:
         log.info("a command of a group source said on its standard error: %s", _last_line(told))
     return output.decode("utf-8", "backslashreplace")
 
 
-def _read(process: subprocess.Popen[bytes], deadline: float, timeout: float) -> tuple[bytes, bytes]:
+class _Child:
+    """A command that was started.
+
+    Attributes:
+        output, told: descriptors of what it prints on standard output and on standard error.
+        status: its exit status, negative for a signal; None before its end, and where it can never be known.
+
+    Raises:
+        OSError, ValueError: it could not be started.
+    """
+
+    def __init__(self, command: str, folder: str | None, environment: Mapping[str, str]) -> None:
+        self.status: int | None = None
+        self._reaped = False
+        self._ours: list[int] = []
+        theirs: list[int] = []
+        keep = children.keeps_no_status()
+        try:
+            actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            for number in (1, 2, _STATUS) if keep else (1, 2):
+                read, write = children.make_pipe()
+                self._ours.append(read)
+                theirs.append(write)
+                actions.append((os.POSIX_SPAWN_DUP2, write, number))
+            self._pid = os.posix_spawn(
+                _SHELL,
+                _words(command, folder, keep=keep),
+                environment,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=children.DEFAULT_SIGNALS,
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self._pidfd = children.open_pidfd(self._pid)
+        self.output, self.told, *kept = self._ours
+        self._kept = kept[0] if kept else None
+        if self._pidfd is not None:
+            self._ours.append(self._pidfd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        while self._ours:
+            os.close(self._ours.pop())
+
+    def ended(self, until: float) -> bool:
+        """Wait for its end; False: it had not ended by then."""
+        pause = _FIRST_LOOK
+        while not self._reap():
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            if self._pidfd is None:
+                time.sleep(min(left, pause))
+                pause = min(2 * pause, _LAST_LOOK)
+            else:
+                wait = select.poll()
+                wait.register(self._pidfd, select.POLLIN)
+                wait.poll(left * 1000)
+        return True
+
+    def _reap(self) -> bool:
+        if not self._reaped:
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:
+                self._reaped = True
+                self.status = self._told_otherwise()
+            else:
+                self._reaped = pid != 0
+                self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._reaped
+
+    def _told_otherwise(self) -> int | None:
+        """Return the status of a child that somebody else has reaped, or the kernel; None where it is not known."""
+        status = children.exit_status(self._pidfd)
+        if status is not None and self._kept is None:
+            return os.waitstatus_to_exitcode(status)
+        if self._kept is None:
+            return None
+        os.set_blocking(self._kept, False)
+        try:
+            text = os.read(self._kept, 16).strip()
+        except BlockingIOError:
+            return None
+        return int(text) if text.isdigit() else None
+
+    def kill(self) -> None:
+        """Kill all that the command has started in its process group, if it was not waited for: the number is its."""
+        if not self._reaped:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended by itself just now
+                os.killpg(self._pid, signal.SIGKILL)
+        self.ended(time.monotonic() + _GONE)  # one in an uninterruptible wait is seen to by its parent's end
+
+
+def _words(command: str, folder: str | None, *, keep: bool) -> list[str]:
+    """Return what is started: the shell with the command, where there is a folder by way of another one.
+
+    Args:
+        keep: have that other one say the exit status, since the kernel will not.
+    """
+    if folder is not None:
+        if not os.access(folder, os.X_OK) or not os.path.isdir(folder):
+            os.stat(folder)  # says why, as a rule
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+        # Not by $CDPATH, and not as an option.
+        folder = folder if folder.startswith("/") else f"./{folder}"
+    if not keep and folder is None:
+        return ["sh", "-c", command]
+    there = 'cd "$1" || exit; ' if folder is not None else ""
+    last = f'/bin/sh -c "$2" {_STATUS}>&-; echo $? >&{_STATUS}' if keep else 'exec /bin/sh -c "$2"'
+    return ["sh", "-c", there + last, "sh", folder or "", command]
+
+
+def _read(child: _Child, deadline: float, timeout: float) -> tuple[bytes, bytes]:
     """Return what is printed on standard output, and the end of what is on standard error, once both are closed."""
-    assert process.stdout is not None
-    assert process.stderr is not None
     output, told = bytearray(), bytearray()
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ, output)
-        selector.register(process.stderr, selectors.EVENT_READ, told)
+        selector.register(child.output, selectors.EVENT_READ, output)
+        selector.register(child.told, selectors.EVENT_READ, told)
         while selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
@@ -177,23 +303,9 @@ def _read(process: subprocess.Popen[bytes], deadline: float, timeout: float) -> 
             if len(output) > MOST:
                 raise CommandFailedError(f"printed more than {MOST >> 20} MiB, and was killed")
             del told[:-_KEPT_ERROR]
-    try:
-        process.wait(max(0.01, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise CommandFailedError(f"did not end within {timeout:g} s, and was killed") from None
+    if not child.ended(deadline):
+        raise CommandFailedError(f"did not end within {timeout:g} s, and was killed")
     return bytes(output), bytes(told)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill all that the command has started in its process group. It was not waited for yet, so the number is its."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it ended by itself just now
-    try:
-        process.wait(_GONE)
-    except subprocess.TimeoutExpired:
-        pass  # in an uninterruptible wait; its parent's end will see to it
 
 
 def _ended(status: int, told: bytes) -> str:

@@ -10,34 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pty
 import signal
 import termios
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from ctask import children
 from ctask.options import Command, Stop
 from ctask.result import Ending, RemoteProcess
 from ctask.transports.base import STDERR, STDOUT
 
 __all__ = ["Ends", "Process", "end_sessions", "kill_sessions"]
 
-#: What a program begins with, as in a fresh login: the rest is inherited, as it was set for this process.
-_DEFAULT_SIGNALS = (
-    signal.SIGPIPE,
-    signal.SIGXFSZ,
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGCHLD,
-)
 _SHELL = b"/bin/sh"
+#: What a shell does that begins where SIGCHLD is ignored: it becomes the command once the pipe was closed.
+_GATE = 9
+_WAIT = b'read -r ctask_gate <&9; unset ctask_gate; exec 9<&-; exec "$@"'
+#: What runs a command in a session of its own, waits for it, and passes on the TERM that it gets.
+_RUNNERS = frozenset({"sudo", "su", "runuser"})
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 #: Seconds between two looks at a session that is being ended.
@@ -57,16 +52,18 @@ class Ends:
     Attributes:
         outputs: stream number -> what it is read from.
         stdin: what the child's standard input is written to; None where it has none.
+        pidfd: of the child, once it was started; None where there can be none. `close` leaves it.
 
     Raises:
         OSError: there are no descriptors, or no terminals, left.
     """
 
-    __slots__ = ("_actions", "_theirs", "outputs", "stdin")
+    __slots__ = ("_actions", "_theirs", "outputs", "pidfd", "stdin")
 
     def __init__(self, command: Command) -> None:
         self.outputs: dict[int, int] = {}
         self.stdin: int | None = None
+        self.pidfd: int | None = None
         self._theirs: list[int] = []
         self._actions: list[tuple[object, ...]] = []
         try:
@@ -87,21 +84,30 @@ class Ends:
         Raises:
             OSError: it could not be started; all descriptors have been closed.
         """
-        argv = command.argv or (b"sh", b"-c", command.line)
-        start = os.posix_spawnp if command.argv else os.posix_spawn
+        program, argv = (command.argv[0], command.argv) if command.argv else (_SHELL, (b"sh", b"-c", command.line))
+        gate = -1
         try:
-            pid = start(
-                argv[0] if command.argv else _SHELL,
+            if children.keeps_no_status():
+                # One that has ended by the time that we ask for its pidfd leaves nothing: it waits for that.
+                theirs, gate = children.make_pipe()
+                self._give(theirs, _GATE)
+                program, argv = _SHELL, (b"sh", b"-c", _WAIT, b"sh", program, *argv[1:])
+            pid = (os.posix_spawnp if command.argv else os.posix_spawn)(
+                program,
                 argv,
                 _environment(),
                 file_actions=self._actions,
                 setsid=True,
                 setsigmask=(),
-                setsigdef=_DEFAULT_SIGNALS,
+                setsigdef=children.DEFAULT_SIGNALS,
             )
+            self.pidfd = children.open_pidfd(pid)
         except BaseException:
             self.close()
             raise
+        finally:
+            if gate >= 0:
+                os.close(gate)
         self._close_theirs()
         return pid
 
@@ -121,12 +127,12 @@ class Ends:
 
     def _pipes(self, *, stdin: bool) -> None:
         if stdin:
-            read, self.stdin = _pipe()
+            read, self.stdin = children.make_pipe()
             self._give(read, 0)
         else:
             self._actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
         for stream in (STDOUT, STDERR):
-            self.outputs[stream], write = _pipe()
+            self.outputs[stream], write = children.make_pipe()
             self._give(write, stream)
 
     def _give(self, fd: int, number: int) -> None:
@@ -137,36 +143,14 @@ class Ends:
         master, slave = pty.openpty()
         self._theirs.append(slave)
         self.outputs[STDOUT] = master
-        self.outputs[STDOUT] = _high(master)
+        self.outputs[STDOUT] = children.above_standard(master)
         # A descriptor of its own to write to: what is written and what is read are watched apart.
-        self.stdin = _high(os.dup(master))
+        self.stdin = children.above_standard(os.dup(master))
         termios.tcsetwinsize(slave, (24, 80))
         # The leader of a session has no terminal until it opens one by its path: that becomes its own.
         self._actions.append((os.POSIX_SPAWN_OPEN, 0, os.ttyname(slave), os.O_RDWR, 0))
         self._actions.append((os.POSIX_SPAWN_DUP2, 0, STDOUT))
         self._actions.append((os.POSIX_SPAWN_DUP2, 0, STDERR))
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    if min(read, write) > STDERR:
-        return read, write
-    try:
-        read = _high(read)
-        return read, _high(write)
-    except BaseException:
-        os.close(read)
-        os.close(write)
-        raise
-
-
-def _high(fd: int) -> int:
-    """Return `fd` above the standard three, over which a child's are laid: a daemon has closed its own."""
-    if fd > STDERR:
-        return fd
-    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, STDERR + 1)
-    os.close(fd)
-    return high
 
 
 def _environment() -> dict[bytes, bytes]:
@@ -181,12 +165,16 @@ class Member(NamedTuple):
     """A living process of a session."""
 
     pid: int
+    parent: int
     group: int
+    session: int
     #: clock ticks between boot and its start
     start: int
     #: letter of proc(5), and name of its program: of the moment when it was seen
     state: str
     name: str
+    #: TERM comes to it by the one that runs it; a second one would mean "at once" to some programs
+    relayed: bool = False
 
 
 class Process:
@@ -195,9 +183,11 @@ class Process:
     The kernel gives the number of a session to nobody else as long as anybody is in it. So while the child is
     not reaped, who has its number for a session belongs to it; afterwards, once one of them was there before the
     child's end, or had been seen by us in the session.
+
+    What sudo, su and runuser run in a session of its own is a part of the command, for they wait for it.
     """
 
-    __slots__ = ("_lock", "_seen", "ended", "pid")
+    __slots__ = ("_inner", "_lock", "_seen", "ended", "pid")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -205,6 +195,8 @@ class Process:
         self.ended: float | None = None
         self._lock = threading.Lock()
         self._seen: frozenset[tuple[int, int]] = frozenset()
+        #: session -> who was last seen in it, of those within this one
+        self._inner: dict[int, frozenset[tuple[int, int]]] = {}
 
     def reap(self) -> int | None:
         """Return the status for `os.waitstatus_to_exitcode` once the child has ended, None before.
@@ -242,6 +234,28 @@ class Process:
         self._seen = frozenset((member.pid, member.start) for member in found)
         return found
 
+    def look_inside(self, sessions: Mapping[int, Collection[int]], members: list[Member]) -> list[Member]:
+        """Return who is in the sessions within this one, also where the one that ran them is gone by now."""
+        found: list[Member] = []
+        known = self._inner
+        self._inner = {}
+        queue = list(members)
+        while True:
+            runners = {member.pid for member in queue if member.name in _RUNNERS}
+            fresh = [] if not runners else [s for s in sessions if s not in known and s not in self._inner]
+            begun = {s for s in fresh if (leader := _member(s, s)) is not None and leader.parent in runners}
+            if not known and not begun:
+                return found
+            queue = []
+            for session in (*known, *begun):
+                inside = _living(sessions.get(session, ()), session)
+                if session in begun or any((member.pid, member.start) in known[session] for member in inside):
+                    self._inner[session] = frozenset((member.pid, member.start) for member in inside)
+                    relayed = any(member.pid == session and member.parent in runners for member in inside)
+                    queue += [member._replace(relayed=relayed) for member in inside]
+            known = {}
+            found += queue
+
     def hidden(self) -> bool:
         """Whether the group has somebody whom we may not even see (another user's, with hidden processes)."""
         try:
@@ -257,20 +271,21 @@ def _since_boot() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _members(sessions: Collection[int]) -> dict[int, list[Member]]:
-    """Find the living processes of these sessions; a zombie lives no more."""
-    found: dict[int, list[Member]] = {session: [] for session in sessions}
+def _sessions() -> dict[int, list[int]]:
+    """Return the processes of each session, dead ones included."""
+    found: dict[int, list[int]] = {}
     with os.scandir("/proc") as entries:
         pids = [int(entry.name) for entry in entries if entry.name.isdecimal()]
     for pid in pids:
-        try:
-            # A call that reads no file: /proc/PID/stat is opened for those only that are looked for.
-            session = os.getsid(pid)
-        except OSError:
-            continue
-        if session in found and (member := _member(pid, session)) is not None:
-            found[session].append(member)
+        # A call that reads no file: /proc/PID/stat is opened for those only that are looked for.
+        with contextlib.suppress(OSError):
+            found.setdefault(os.getsid(pid), []).append(pid)
     return found
+
+
+def _living(pids: Collection[int], session: int) -> list[Member]:
+    """Return those of these processes that live in a session; a zombie lives no more."""
+    return [member for pid in pids if (member := _member(pid, session)) is not None]
 
 
 def _member(pid: int, session: int) -> Member | None:
@@ -290,21 +305,21 @@ def _member(pid: int, session: int) -> Member | None:
     if len(fields) < 20 or fields[0] in (b"Z", b"X", b"x") or int(fields[3]) != session:
         return None
     name = before.partition(b"(")[2].decode("utf-8", "backslashreplace")
-    return Member(pid, int(fields[2]), int(fields[19]), fields[0].decode(), name)
+    return Member(pid, int(fields[1]), int(fields[2]), session, int(fields[19]), fields[0].decode(), name)
 
 
-def _signal_member(session: int, member: Member, number: signal.Signals) -> None:
+def _signal_member(member: Member, number: signal.Signals) -> None:
     """Signal this process and no other that has got its pid."""
     try:
         fd = os.pidfd_open(member.pid)
     except OSError as error:
         # A kernel or a sandbox without pidfd: between this look and the signal there are microseconds.
-        now = _member(member.pid, session) if error.errno != errno.ESRCH else None
+        now = _member(member.pid, member.session) if error.errno != errno.ESRCH else None
         if now is not None and now.start == member.start:
             _kill(member.pid, number)
         return
     try:
-        if (now := _member(member.pid, session)) is not None and now.start == member.start:
+        if (now := _member(member.pid, member.session)) is not None and now.start == member.start:
             signal.pidfd_send_signal(fd, number)
     except OSError:
         pass  # gone, or another user's: the next look tells
@@ -330,14 +345,16 @@ class _Look(NamedTuple):
 def _look(processes: Collection[Process]) -> _Look:
     if not processes:
         return _Look({}, set())
-    found = _members({process.pid for process in processes})
+    found = _sessions()
     living: dict[Process, list[Member]] = {}
     unknown: set[Process] = set()
     for process in processes:
-        members = process.claim(found[process.pid])
+        members = process.claim(_living(found.get(process.pid, ()), process.pid))
         if members is None:
             unknown.add(process)
-        elif members or process.hidden():
+            continue
+        members = members + process.look_inside(found, members)
+        if members or process.hidden():
             living[process] = members
     return _Look(living, unknown)
 
@@ -394,6 +411,7 @@ class _Ending:
         self.living: dict[Process, list[Member]] = {}
         self._over = over
         self._unknown: set[Process] = set()
+        self._passed: set[tuple[int, int]] = set()
         self._counted: dict[Process, set[tuple[int, int]]] = {process: set() for process in processes}
 
     def look(self, processes: Collection[Process]) -> None:
@@ -412,9 +430,18 @@ class _Ending:
         for process, members in self.living.items():
             for member in members:
                 # Those that were in the leader's group have had theirs, unless the leader was reaped already.
-                if member.group != process.pid or process.ended is not None:
-                    _signal_member(process.pid, member, signal.SIGTERM)
+                if not member.relayed and (member.group != process.pid or process.ended is not None):
+                    _signal_member(member, signal.SIGTERM)
         self._tell(processes)
+
+    def _pass_on(self) -> None:
+        # The TERM of sudo and its like reaches the command that they run, and not what that one has started.
+        for process, members in self.living.items():
+            for member in members:
+                key = (member.pid, member.start)
+                if member.session != process.pid and not member.relayed and key not in self._passed:
+                    self._passed.add(key)
+                    _signal_member(member, signal.SIGTERM)
 
     def _count(self, processes: Collection[Process]) -> None:
         # Those that are there at the TERM: who makes new ones all the time has told nobody to end.
@@ -436,6 +463,7 @@ class _Ending:
         while self.living and (left := until - time.monotonic()) > 0 and not self.broken.wait(min(_LOOK, left)):
             before = tuple(self.living)
             self.look(before)
+            self._pass_on()
             self._tell(before)
 
     def _tell(self, processes: Collection[Process]) -> None:
@@ -467,7 +495,7 @@ def _kill_members(living: dict[Process, list[Member]]) -> None:
     for process, members in living.items():
         process.signal_group(signal.SIGKILL)
         for member in members:
-            _signal_member(process.pid, member, signal.SIGKILL)
+            _signal_member(member, signal.SIGKILL)
 
 
 def _kill_later(processes: Collection[Process], times: int, at: Callable[[float, Callable[[], None]], object]) -> None:

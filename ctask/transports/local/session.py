@@ -17,6 +17,7 @@ import threading
 import time
 from functools import partial
 
+from ctask import children
 from ctask.errors import ConnectionLost, ExecRefused, LocalResource, NodeError
 from ctask.options import Command, Stop
 from ctask.transports.base import Sink
@@ -190,6 +191,7 @@ class LocalSession:
         except (OSError, ValueError, NotImplementedError) as error:
             self._refuse(ExecRefused(self._why_not(error), phase="exec"), error)
             return
+        self._pidfd = ends.pidfd
         with self._lock:
             self._process = Process(pid)
             self._stage = _Stage.STARTED
@@ -198,16 +200,17 @@ class LocalSession:
         self._flush_soon()
         if self._stdin.attach(self.loop, ends.stdin):
             self._sink.writable()
-        self._await_exit(pid)
+        self._await_exit()
         self._listen()
 
-    def _await_exit(self, pid: int) -> None:
+    def _await_exit(self) -> None:
         try:
-            self._pidfd = os.pidfd_open(pid)
-            self.loop.watch(self._pidfd, select.EPOLLIN, self._look)
+            if self._pidfd is not None:
+                self.loop.watch(self._pidfd, select.EPOLLIN, self._look)
         except OSError:
-            # No such call, no descriptor left, or reaped already: then it is looked at now and then.
             self._close_pidfd()
+        if self._pidfd is None:
+            # No such call, no descriptor left, or reaped already: then it is looked at now and then.
             self._look_again()
 
     def _refuse(self, failure: NodeError, cause: Exception) -> None:
@@ -313,8 +316,10 @@ class LocalSession:
         try:
             status = process.reap()
         except ChildProcessError as error:
-            self._lose(error)
-            return
+            status = children.exit_status(self._pidfd)
+            if status is None:
+                self._lose(error)
+                return
         if status is None:
             if self._pidfd is None:
                 self._look_again()
@@ -337,11 +342,11 @@ class LocalSession:
         self._delay = min(self._delay * 2, _LOOK)
 
     def _lose(self, cause: ChildProcessError) -> None:
-        """Somebody else has reaped the process: how it ended will never be known."""
+        """The process was reaped by somebody else, or by the kernel: how it ended will never be known."""
         self._reaped()
         if self._ended:
             return
-        failure = ConnectionLost("the exit status was taken by another part of this program: it waits for any child")
+        failure = ConnectionLost(children.why_unknown())
         failure.__cause__ = cause
         self._take_rest()
         self._end(failure)

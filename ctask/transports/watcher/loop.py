@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from ctask import children
 from ctask.transports.watcher.dial import Dial, Listener
 from ctask.transports.watcher.resolver import Resolver
 
@@ -288,6 +289,8 @@ def watcher() -> Watcher:
     """
     with _process.lock:
         if _process.watcher is None or _process.watcher.closed:
+            # Before the first socket of ours.
+            children.hold_standard_descriptors()
             _process.watcher = Watcher()
         return _process.watcher
 
