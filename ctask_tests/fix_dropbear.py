@@ -20,20 +20,24 @@ if TYPE_CHECKING:
 __all__ = ["Dropbear", "needs_dropbear"]
 
 #: Both accounts log in with the server's keys, and have a shell that marks what it runs: dropbear clears the
-#: environment.
+#: environment. The folder /etc is one of its own: a mount over a file of this machine's goes when the file is replaced.
 ACCOUNTS = f"""
-mkdir -p "$FOLDER/home/.ssh"
-ln -sf "$FOLDER/authorized_keys" "$FOLDER/home/.ssh/authorized_keys"
+mkdir -p "$FOLDER/home/.ssh" "$FOLDER/etc"
+ln -s "$FOLDER/authorized_keys" "$FOLDER/home/.ssh/authorized_keys"
 printf '#!/bin/sh\\nexport %s\\n%s\\n' "$MARK" "$LOGIN" >"$FOLDER/login"
 chmod 755 "$FOLDER/login"
-echo "$FOLDER/login" >"$FOLDER/shells"
-mount --bind "$FOLDER/shells" /etc/shells
+for path in /etc/*; do
+    case $path in */*shadow* | */passwd* | */shells | */ssh | */ssl) continue ;; esac
+    cp -a "$path" "$FOLDER/etc"
+done
+echo "$FOLDER/login" >"$FOLDER/etc/shells"
 {{
     grep -v -E "^(root|{ACCOUNT}):" /etc/passwd
     echo "root:x:0:0::$FOLDER/home:$FOLDER/login"
     echo "{ACCOUNT}:x:$(id -u {ACCOUNT}):$(id -g {ACCOUNT})::$FOLDER/home:$FOLDER/login"
-}} >"$FOLDER/passwd"
-mount --bind "$FOLDER/passwd" /etc/passwd
+}} >"$FOLDER/etc/passwd"
+printf '%s:*:19000:0:99999:7:::\\n' root {ACCOUNT} >"$FOLDER/etc/shadow"
+mount --bind "$FOLDER/etc" /etc
 """
 
 

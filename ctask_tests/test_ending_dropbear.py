@@ -13,11 +13,12 @@ import pytest
 from ctask.options import Stop
 from ctask.result import Ending
 from ctask.transports.ssh import ending
-from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in
+from ctask_tests.ending_nodes import KILL, LONG, STUBBORN, TERM, Running, alive, end, logged_in, needs_mounts
 from ctask_tests.fix_dropbear import Dropbear, needs_dropbear
 from ctask_tests.fix_leaks import wait_until
 from ctask_tests.fix_sshd import ACCOUNT
 from ctask_tests.ssh_sink import run
+from ctask_tests.test_ending_nodes import BUSYBOX, SUDOERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,6 +184,29 @@ def test_behind_a_login_shell_that_stays() -> None:
     with Dropbear(login='/bin/sh "$@"; exit') as server, logged_in(server, ACCOUNT) as connection:
         command = Running(connection, "(sleep 60 & echo $!); echo $$; sleep 60", pids=2)
         assert end(connection, command) == Ending("gone", 4)
+        assert not alive(command.pids)
+
+
+def test_with_nothing_but_busybox() -> None:
+    needs_mounts("busybox")
+    needs_dropbear()
+    with Dropbear(mounts=BUSYBOX) as server, logged_in(server, ACCOUNT) as connection:
+        spared = Running(connection, STUBBORN)
+        command = Running(connection, "(sleep 60 & echo $!); sleep 60 & echo $!; echo $$; wait", pids=3)
+        assert end(connection, command) == Ending("gone", 3)
+        assert not alive(command.pids)
+        answer = end(connection, spared, TERM)
+        assert (answer.state, [process.pid for process in answer.processes]) == ("alive", spared.pids)
+
+
+@pytest.mark.parametrize("program", ["sudo env", "sudo"])
+def test_what_sudo_runs_in_a_session_of_its_own_is_a_part_of_the_command(program: str) -> None:
+    needs_mounts("sudo")
+    needs_dropbear()
+    with Dropbear(mounts=SUDOERS) as server, logged_in(server, "root") as connection:
+        line = f"{program} sh -c 'trap \"\" TERM HUP; echo $$; sleep 60 & echo $!; wait; wait'; true"
+        command = Running(connection, line, pids=2)
+        assert end(connection, command).state == "gone"
         assert not alive(command.pids)
 
 
