@@ -189,12 +189,32 @@ def test_a_login_shell_that_stays_is_passed_by(nodes: list[Node], tmp_path: Path
     assert node.alive() == node.pids[1:]
 
 
-def test_a_look_finds_what_has_lost_the_leader_of_its_session(
-    nodes: list[Node], tmp_path: Path, shell: list[str]
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("true", "clean"),
+        ("sleep 60", "clean"),  # it runs on, and is no matter
+        ("sleep 60 & exit", "unclean"),
+        ("setsid sleep 60 & sleep 0.1; exit", "unclean"),  # perhaps by sudo, which is no more
+    ],
+    ids=["nothing", "running", "child", "leader"],
+)
+def test_a_look_finds_what_is_left_of_commands_that_have_ended(
+    tmp_path: Path, shell: list[str], command: str, said: str
 ) -> None:
-    node = make(nodes, tmp_path, "sleep 60 & echo $!; exit")
-    wait_until(lambda: process_table()[node.pids[0]].parent == 1, what="an orphan")
-    assert node.script(shell, "look 0 0") == ["unclean"]
+    # In a process table of its own, for there are strangers in this machine's.
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root gives a test a process table of its own")
+    (tmp_path / "end.sh").write_text(SCRIPT)
+    (tmp_path / "connection").write_text(
+        f"setsid sh -c {quoted(command)} >/dev/null 2>&1 &\nsleep 0.3\n"
+        f"setsid {' '.join(shell)} -s w0rd look 0 0 <{tmp_path}/end.sh\n:\n"
+    )
+    done = subprocess.run(
+        [*alone, "sh", "-c", f"sh {tmp_path}/connection; :"], check=True, capture_output=True, text=True, timeout=20
+    )
+    assert (done.stdout, done.stderr) == (f"w0rd {said}\n", "")
 
 
 def test_a_script_that_was_cut_off_does_nothing(nodes: list[Node], tmp_path: Path, shell: list[str]) -> None:
@@ -222,7 +242,7 @@ def test_it_needs_no_pgrep_and_no_children_files() -> None:
     said = "\n".join(line for line in SCRIPT.splitlines() if not line.lstrip().startswith("#"))
     assert set(re.findall(r"/proc/[\w$*]*(?:\[0-9\]\*)?/?\w*", said)) <= {
         "/proc/uptime", "/proc/1/stat", "/proc/$ME/stat", "/proc/[0-9]*/stat", "/proc/$PID/wchan", "/proc/",
-        "/proc/$", "/proc/$1/environ", "/proc/$1/fd",
+        "/proc/$", "/proc/$1/environ", "/proc/$1/fd", "/proc/$1/cgroup", "/proc/$ME/cgroup",
     }
     assert not re.search(r"\b(pgrep|pkill|pidof|killall)\b", said)
 

@@ -313,14 +313,16 @@ def test_a_third_script_is_not_asked_for(connection: SshConnection) -> None:
     wait_until(lambda: connection.scripts == 2, what="two scripts")
     answer = end(connection, third, Stop("kill", 0.1))
     root = connection.target.user == "root"
-    assert answer == Ending("unknown" if root else "gone")  # sshd signals nothing of root's
+    # sshd signals nothing of root's. Of others a script sees later that nothing is left, where no stranger is about.
+    assert answer in ([Ending("unknown")] if root else [Ending("gone"), Ending("unknown")])
+    assert root or not alive(third.pids)
     for script in scripts:
         script.join()
         assert script.answer is not None
         assert script.answer.state == "gone"
     assert not alive(first.pids + second.pids)
     wait_until(lambda: not connection.scripts, what="the scripts are over")
-    assert connection.retired == root
+    assert connection.retired == (answer.state != "gone")
 
 
 def test_a_connection_with_a_command_that_was_given_up_counts_no_more(sshd: Sshd) -> None:
@@ -329,7 +331,7 @@ def test_a_connection_with_a_command_that_was_given_up_counts_no_more(sshd: Sshd
         given_up.session.close()
         command = Running(connection, "echo $$; sleep 60")
         sent = next(connection.link.orders)
-        assert end(connection, command) == Ending("gone")
+        assert end(connection, command) in (Ending("gone"), Ending("unknown"))
         assert next(connection.link.orders) == sent + 2, "a script that only looks"
         assert alive(given_up.pids)
         assert not alive(command.pids)
@@ -342,7 +344,7 @@ def test_eight_endings_at_once_take_turns(plain: SshConnection) -> None:
         beside.join()
     # Two processes each: with more to come a shell, whichever it is, does not become its command.
     # Who has no turn is signalled by sshd, which does not say how many processes there were.
-    assert {each.answer.state for each in endings if each.answer is not None} == {"gone"}
+    assert {each.answer.state for each in endings if each.answer is not None} <= {"gone", "unknown"}
     assert sum(each.answer is not None and each.answer.ended == 2 for each in endings) >= ending.SCRIPTS
     assert not alive(pid for each in commands for pid in each.pids)
 

@@ -39,7 +39,7 @@ ctask_end() {
     LC_ALL=C IFS=$SPACE
     export LC_ALL
     unset GREP_OPTIONS POSIXLY_CORRECT
-    unset -f grep sed sort sleep date ps tr ls
+    unset -f grep sed sort sleep date ps tr ls cat
 
     find_connection
     [ "$POLICY" != look ] || look
@@ -474,7 +474,7 @@ hidden() {
 look() {
     [ -z "$SHARED" ] && [ -r /proc/1/stat ] || { say unsure; exit 0; }
     set -- $(table "/^$CONNECTION /p" "[0-9]+" "$CONNECTION")
-    SINCE=${7:-} FOUND='' LIVING=' '
+    SINCE=${7:-} FOUND='' LIVING=' ' PLACE=$(cat "/proc/$ME/cgroup")
     ALL=$(table "/^/p" "[0-9]+")
     IFS=$LINE_END
     for LINE in $ALL; do
@@ -494,7 +494,8 @@ look() {
             *" $4:Z1 "* | *" $4:X1 "*) ;;
             *" $4:"*) [ "$1" = "$4" ] && [ "$2" -le 1 ] || continue ;;
         esac
-        # Another connection's.
+        # Another login's, where each has a control group (systemd), or another connection's.
+        [ "$(cat "/proc/$1/cgroup")" = "$PLACE" ] || continue
         ! named "$1" | grep -F -x -v -q "SSH_CONNECTION=${SSH_CONNECTION:-}" || continue
         say unclean
         exit 0
