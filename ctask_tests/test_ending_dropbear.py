@@ -6,6 +6,8 @@ Runs in the thread of pytest; only root's tests can have such servers.
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -157,6 +159,33 @@ def test_by_signal_only_the_first_process_is_reached_and_nothing_is_promised(dro
         command = Running(connection, "sleep 60 & echo $!; echo $$; wait", pids=2)
         assert end(connection, command, Stop("kill", LONG, by="signal")) == Ending("unknown")
         assert connection.retired
+
+
+def test_the_kill_comes_without_the_connection(connection: SshConnection) -> None:
+    command = Running(connection, "(trap '' TERM; sleep 60 & echo $!); echo $$; trap '' TERM; sleep 60; :", pids=2)
+    began = time.monotonic()
+    answer = end(connection, command, Stop("kill", 2.0), within=1.0)
+    assert answer.state == "alive"
+    connection.close()
+    assert alive(command.pids)
+    wait_until(lambda: not alive(command.pids), what="KILL after the grace")
+    assert time.monotonic() - began >= 2.0
+
+
+def test_two_endings_at_once_take_what_is_theirs(connection: SshConnection) -> None:
+    line = "(trap '' TERM; sleep 60 & echo $!); sleep 60 & echo $!; echo $$; wait"
+    commands = [Running(connection, line, pids=3) for _ in range(3)]
+    answers: dict[int, Ending] = {}
+    threads = [
+        threading.Thread(target=lambda each=each: answers.update({each: end(connection, commands[each])}))
+        for each in (0, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[each].state for each in (0, 2)] == ["gone", "gone"]
+    assert [len(alive(each.pids)) for each in commands] == [0, 3, 0]
 
 
 def test_six_commands_are_ended_by_one_script(connection: SshConnection) -> None:

@@ -114,8 +114,14 @@ $1"
 # is both theirs, where commands lead none; FILTER: the session in which this script runs.
 find_connection() {
     CONNECTION=$UP OWN=$ME SHARED='' STEPS=0
-    set -- $(table "/^$ME /p" "[0-9]+" "$ME")
-    FILTER=$4
+    # Of this shell itself, whose name is a plain one: the fields after it begin with another one, so that both have the
+    # session at the fourth place.
+    if read -r LINE <"/proc/$ME/stat"; then
+        set -- ${LINE##*) }
+    else
+        set -- $(table "/^$ME /p" "[0-9]+" "$ME")
+    fi
+    FILTER=${4:-}
     [ "$FILTER" ] && [ "$UP" -gt 1 ] || { say unsure; exit 0; }
     [ "$FILTER" != "$ME" ] || return 0
     # The server gave this connection a name, which what it started inherits and itself has not: so a login shell that
