@@ -50,8 +50,9 @@ class Inbox:
     )
 
     def __init__(self, job: Job, gate: Gate, intake: Intake, *, tell: bool) -> None:
-        self._job = job
-        self._intake = intake
+        # None once the try is over: what still comes is nobody's.
+        self._job: Job | None = job
+        self._intake: Intake | None = intake
         self._gate = gate
         self._box: list[tuple[int, bytes]] = []
         self._size = 0
@@ -70,6 +71,10 @@ class Inbox:
         self.status: tuple[int | None, str | None] | None = None
         self.over = False
         self.end: NodeError | None = None
+
+    def over_and_out(self) -> None:
+        """The try is over: take nothing any more, and hold nothing of the job. Dispatcher."""
+        self._job = self._intake = self.end = None
 
     def tell(self) -> None:
         """Post at once when the command runs. Dispatcher, which looks at `running_at` after it."""
@@ -105,7 +110,8 @@ class Inbox:
 
     def ended(self, error: NodeError | None) -> None:
         """See `Sink`."""
-        self.end = error
+        if self._job is not None:
+            self.end = error
         self.over = True
         if self._wider:
             self._gate.narrow(self._wider)
@@ -118,9 +124,11 @@ class Inbox:
             return
         self._told = True
         self._box, self._size = [], 0
+        job = self._job
+        if job is None:
+            return
         if box:
             self._gate.posted(size)
-        job = self._job
         # What is known at this moment goes along: when the dispatcher comes to it, more may have been posted.
         job.run.post(job, job.arrived, self, box, size, self.status is not None, self.over)
 
@@ -130,7 +138,8 @@ class Inbox:
 
     def waiting(self) -> int:
         """See `ctask.gate.Asker`."""
-        return self._intake.waiting
+        intake = self._intake
+        return intake.waiting if intake is not None else 0
 
     def widen(self, size: int) -> int:
         """See `Sink`."""
@@ -141,7 +150,8 @@ class Inbox:
     def writable(self) -> None:
         """See `Sink`."""
         job = self._job
-        job.run.post(job, job.writable, self)
+        if job is not None:
+            job.run.post(job, job.writable, self)
 
 
 class ConnectClock:

@@ -81,6 +81,7 @@ class Delivery:
     """
 
     __slots__ = (
+        "__weakref__",
         "_cutters",
         "_muted",
         "apart",

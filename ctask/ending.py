@@ -66,7 +66,7 @@ class Batch:
     """Sessions of one connection that are ended together.
 
     Attributes:
-        jobs: each session, and whose it is; nothing is added once the pool has it.
+        jobs: each session, and whose it is; nothing is added once the pool has it, and all are gone when it is over.
     """
 
     def __init__(self, connection: Connection, stop: Stop, until: float) -> None:
@@ -88,12 +88,15 @@ class Batch:
         told: set[Session] = set()
 
         def tell(session: Session, ending: Ending) -> None:
-            job = self.jobs[session]
+            job = self.jobs.get(session)
             told.add(session)
-            job.run.post(job, job.word, session, ending)
+            if job is not None:
+                job.run.post(job, job.word, session, ending)
 
         def hear(session: Session, ending: Ending) -> None:
-            job = self.jobs[session]
+            job = self.jobs.get(session)
+            if job is None:
+                return  # a late word: all have been told
             if ending.state == "gone":
                 tell(session, ending)
             else:
@@ -108,6 +111,8 @@ class Batch:
             for session, job in self.jobs.items():
                 if session not in told:
                     job.run.post(job, job.unended, session, error)
+        finally:
+            self.jobs = {}  # a connection may hold `hear`, and is kept longer than what was printed
 
     def broken(self, error: Exception) -> None:
         """No thread can be had for it. Dispatcher."""

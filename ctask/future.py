@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, Self
 
-from ctask.errors import Aborted
+from ctask.errors import Aborted, NodeError
 from ctask.errors.text import printable
 from ctask.numeric import patience
 from ctask.result import NodeResult
@@ -87,7 +87,14 @@ class Future(concurrent.futures.Future[NodeResult]):
             TimeoutError: the time to wait is over; the job goes on.
             TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
-        return super().result(self._await(timeout))
+        limit = self._await(timeout)
+        error = super().exception(limit)
+        try:
+            if error is None:
+                return super().result(0)
+            raise error.again() if isinstance(error, NodeError) else error
+        finally:
+            del self, error  # as in the standard's own: what is raised holds this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the `NodeError`, or None; waits as `result`."""

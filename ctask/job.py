@@ -491,12 +491,25 @@ class Job:
             self._overdue.cancel()
         if self._feeder is not None:
             self._feeder.stop()
+        work = self.work
         try:
-            self.work.starts()
+            work.starts()
             self._intake.ended(result)
         finally:
             self.run.live.discard(self)
-            self.work.ended(self, result)
+            try:
+                work.ended(self, result)
+            finally:
+                self._shed()
+
+    def _shed(self) -> None:
+        """Let go of all but the account. It leads back here: the worker holds its jobs, and frees them when dropped."""
+        self._intake.over()
+        if self._inbox is not None:
+            self._inbox.over_and_out()
+        self._inbox = self._session = self._made = self._making = self._silence = self._feeder = self._overdue = None
+        self._deadlines = []
+        del self.work, self.clock
 
     def _release(self, now: float) -> None:
         """Give back all that the try holds."""
@@ -512,6 +525,8 @@ class Job:
         if self._connection is not None:
             self.way.give_back(self._connection)
             self._connection = None
+        if self._inbox is not None:
+            self._inbox.over_and_out()
         self._session = self._made = None
 
     def _at(self, when: float, call: Any) -> None:

@@ -150,8 +150,11 @@ class Mailbox:
         """Raise what a run has to raise at its end. Owner."""
         self.check()
         error = self.take_errors()
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame, and the worker in frames of handlers
 
     def take_errors(self) -> HandlerError | None:
         """Return what handlers have raised since the last time. Owner."""

@@ -58,6 +58,7 @@ class ConnectionMaking(Making["Job"]):
     def shake(self, now: float) -> None:
         """There is a slot: shake hands."""
         sock = self._dial.take() if self._dial is not None else None
+        self._dial = None  # it is over, or about to say so
         if sock is None:
             self._hung_up()
             return
@@ -84,6 +85,7 @@ class ConnectionMaking(Making["Job"]):
             self._break(self._sock)
         elif self._dial is not None:
             self._dial.drop()
+            self._dial = None  # they hold each other
             self._unreserve()
 
     def _break(self, sock: socket.socket) -> None:
@@ -175,6 +177,7 @@ class ConnectionMaking(Making["Job"]):
     def _hung_up(self) -> None:
         if self.stage not in (Stage.SPOKE, Stage.SHAKING):
             return
+        self._dial = None
         self.catch_up()
         now = self._run.dispatcher.clock()
         self._unreserve()
@@ -185,6 +188,7 @@ class ConnectionMaking(Making["Job"]):
     def _failed(self, error: NodeError) -> None:
         if self._sock is None and self.stage is Stage.OVER:
             return  # dropped while the watcher's word was under way: cancel() has seen to the rest
+        self._dial = None
         self._unreserve()
         if self.stage is Stage.OVER:
             return
@@ -192,6 +196,7 @@ class ConnectionMaking(Making["Job"]):
         self._transport.unreachable(self.target, self._run.dispatcher.clock())
         jobs = list(self.jobs)
         self._run.plan.over(self)
+        self.jobs.clear()
         error.phase = error.phase or self.where
         for number, job in enumerate(jobs):
             # One whose end raises keeps none of the others from theirs.

@@ -103,8 +103,16 @@ class OwnThread(Generic[W]):
         finally:
             self._joins.remove(join)
 
-    def take_error(self) -> Exception | None:
-        """Return what runs and handlers have raised since the last time, as one error. Any thread."""
+    def raise_error(self) -> None:
+        """Raise what runs and handlers have raised since the last time, as one error. Any thread."""
+        error = self._take_error()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame
+
+    def _take_error(self) -> Exception | None:
         with self._idle:
             raised, self._raised = self._raised, []
             untold, self._untold = self._untold, 0

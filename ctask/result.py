@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal as signals
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ctask.buffers import Capture, Look, Output
@@ -19,6 +19,7 @@ from ctask.nodes import NodeSet
 from ctask.states import Outcome
 
 __all__ = [
+    "Account",
     "Attempt",
     "Ending",
     "Group",
@@ -173,6 +174,46 @@ class Group:
         return f"<Group {self.nodes} ({len(self.nodes)}) {said}, {size} bytes>"
 
 
+class Account:
+    """What a job has come to, for the error that it ended by; see `NodeError.settle`.
+
+    Args:
+        attempts: one for each try; that of the last one is without its error here.
+        fields: of the `NodeResult`, all but the attempts and the error.
+    """
+
+    __slots__ = ("_attempts", "_fields")
+
+    def __init__(self, attempts: tuple[Attempt, ...], fields: Mapping[str, Any]) -> None:
+        *earlier, last = attempts
+        self._attempts = (*earlier, replace(last, error=None))
+        self._fields = fields
+
+    def attempts(self, error: NodeError) -> tuple[Attempt, ...]:
+        """Return the attempts, with the error in its place."""
+        *earlier, last = self._attempts
+        return (*earlier, replace(last, error=error))
+
+    def result(self, error: NodeError) -> NodeResult:
+        """Return the result of a job that ended by this error."""
+        return NodeResult(error=error, attempts=self.attempts(error), **self._fields)
+
+
+class _Kept:
+    """The same for an error that its result knows nothing of: it can hold it."""
+
+    __slots__ = ("_result",)
+
+    def __init__(self, result: NodeResult) -> None:
+        self._result = result
+
+    def attempts(self, _: NodeError) -> tuple[Attempt, ...]:
+        return self._result.attempts
+
+    def result(self, _: NodeError) -> NodeResult:
+        return self._result
+
+
 class NodeResult:
     """How one node's job ended, and what the node printed in its last attempt.
 
@@ -193,6 +234,7 @@ class NodeResult:
     """
 
     __slots__ = (
+        "__weakref__",
         "_capture",
         "attempts",
         "ending",
@@ -282,14 +324,17 @@ class NodeResult:
         Raises:
             NodeError: what ended the job; `CommandFailed` for a status that is not in `ok_codes`, or a signal.
         """
-        if self.error is not None:
-            raise self.error
-        if not self.ok:
-            error = CommandFailed(self.why or "exit 0, which is not in ok_codes", node=self.node, phase="running")
-            error.result = self
-            error.attempts = self.attempts
-            raise error
-        return self
+        if self.error is None and self.ok:
+            return self
+        try:
+            raise self.error.again() if self.error is not None else self._not_ok()
+        finally:
+            del self  # the error holds this frame
+
+    def _not_ok(self) -> NodeError:
+        error = CommandFailed(self.why or "exit 0, which is not in ok_codes", node=self.node, phase="running")
+        error.settle(_Kept(self))
+        return error
 
     def __repr__(self) -> str:
         capture = self._capture

@@ -29,7 +29,7 @@ class Roster:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._scheduled: deque[Worker] = deque()
-        self._started: deque[Worker] = deque()
+        self._started: dict[Worker, None] = {}
         self._prune_at = 64
         self._view: list[weakref.ref[Worker]] = []
         self._held: list[Worker] = []
@@ -69,7 +69,7 @@ class Roster:
                 self._view, self._held, self._view_over = [], [], False
             self._prune()
             worker.admit(may_write=may_write)
-            self._started.append(worker)
+            self._started[worker] = None
             self._view.append(weakref.ref(worker))
             if self.running:
                 self._held.append(worker)
@@ -92,7 +92,7 @@ class Roster:
             self.running = True
             for worker in workers:
                 worker.admit()
-            self._started.extend(workers)
+            self._started.update(dict.fromkeys(workers))
             for worker in workers:
                 self.unschedule(worker)
         return list(workers)
@@ -108,6 +108,11 @@ class Roster:
             self._left = not joined
             self._view_over = True
 
+    def let_go(self, worker: Worker) -> None:
+        """A worker has ended, and is delivered: what nobody waits for is the program's now. Any thread."""
+        with self._lock:
+            self._started.pop(worker, None)
+
     def unfinished(self) -> list[Worker]:
         """Return what was started and has not ended."""
         with self._lock:
@@ -122,24 +127,16 @@ class Roster:
         return all_closed(self._held)
 
     def _prune(self) -> None:
-        """Let go of what has ended, and of what the program has: in front at once, else when either has doubled."""
-        while self._started and self._started[0].closed:
-            self._started.popleft()
+        """Let go of what has ended unheard, and of what the program has dropped, when either has doubled."""
         if max(len(self._started), len(self._view)) >= self._prune_at:
             self._forget_closed()
             self._view = [ref for ref in self._view if ref() is not None]
             self._prune_at = max(64, 2 * len(self._started), 2 * len(self._view))
 
     def _forget_closed(self) -> None:
-        # In single steps: an interrupt between two loses no worker, and a signal handler may do the same in between.
-        with contextlib.suppress(IndexError):
-            for _ in range(len(self._started)):
-                worker = self._started[0]
-                if worker.closed:
-                    with contextlib.suppress(ValueError):
-                        self._started.remove(worker)
-                else:
-                    self._started.rotate(-1)
+        for worker in list(self._started):
+            if worker.closed:
+                self._started.pop(worker, None)  # a signal handler may have done the same in between
 
 
 def all_closed(workers: list[Worker]) -> Callable[[], bool]:

@@ -52,8 +52,7 @@ Stdin = bool | bytes | str | os.PathLike[str] | Any
 class Submitter:
     """Makes the workers of one task."""
 
-    def __init__(self, task: Any, run: Runtime, options: Options, budget: MemoryBudget) -> None:
-        self._task = task
+    def __init__(self, run: Runtime, options: Options, budget: MemoryBudget) -> None:
         self._run = run
         self._options = options
         self._budget = budget
@@ -61,6 +60,7 @@ class Submitter:
 
     def make(
         self,
+        task: Any,
         command: CommandLike,
         *,
         nodes: NodesLike,
@@ -85,7 +85,7 @@ class Submitter:
             raise OptionError("key is the label of a local command; a command on nodes has none")
         names = _names(nodes, expect, allow_empty) if remote else NodeSet()
         worker = Worker(
-            self._task,
+            task,
             self._run,
             next(self._numbers),
             _text_of(command),

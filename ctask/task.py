@@ -95,7 +95,7 @@ class Task(gather.Gathered):
         self._budget = MemoryBudget(self._options.get("output_memory"))
         self._engine = Engine(self._name, self._options.get("fanout"), self._options.get("queue_limit"))
         self._mailbox = self._engine.mailbox
-        self._submitter = Submitter(self, self._engine.run, self._options, self._budget)
+        self._submitter = Submitter(self._engine.run, self._options, self._budget)
         self._roster = Roster()
         self._engine.scheduled = partial(_scheduled, weakref.ref(self._roster))
         self._closed = False
@@ -301,6 +301,7 @@ class Task(gather.Gathered):
         if self._closed:
             raise TaskError(CLOSED)
         return self._submitter.make(
+            self,
             command,
             nodes=nodes,
             key=key,
@@ -336,6 +337,10 @@ class Task(gather.Gathered):
         """Begin what no run will begin: a task that has failed, or was closed, gives it its end. Any thread."""
         for worker in scheduled:
             self._start(worker)
+
+    def let_go(self, worker: Worker) -> None:
+        """See `ctask.worker.Owner`. Any thread."""
+        self._roster.let_go(worker)
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -409,9 +414,8 @@ class Task(gather.Gathered):
         left = None if until is None else max(0.0, until - time.monotonic())
         done = not concurrent.futures.wait(waiting, left).not_done
         self._mailbox.check()
-        error = self._own.take_error() if self._own is not None else None
-        if error is not None:
-            raise error
+        if self._own is not None:
+            self._own.raise_error()
         return done
 
     def abort(self) -> None:
@@ -447,8 +451,8 @@ class Task(gather.Gathered):
                 self._roster.end()
             raise
         if not finished:
-            late = TaskTimeout(f"the run's deadline of {limit:g} s has passed; results so far are kept")
-            raise late from self._mailbox.take_errors()
+            text = f"the run's deadline of {limit:g} s has passed; results so far are kept"
+            raise TaskTimeout(text) from self._mailbox.take_errors()
         self._mailbox.raise_errors()
 
     def _performed(self, limit: float | None, workers: list[Worker]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ctask.attempt import ConnectClock, Inbox, rc_of, whether_ran
 from ctask.buffers import Capture
 from ctask.errors import CommandFailed, NodeError
-from ctask.result import Attempt, Ending, NodeResult, Timings, status_text
+from ctask.result import Account, Attempt, Ending, NodeResult, Timings, status_text
 from ctask.retry import BUSY, Retry, Tries
 from ctask.states import Outcome, Timeline
 
@@ -90,25 +90,23 @@ class TriesSoFar:
     def result(self, capture: Capture | None, ending: Ending | None, **how: bool) -> NodeResult:
         """Return what it all came to: the last one's, and whether the command ran in any of them."""
         outcome, error = self._outcome, self._error
-        result = NodeResult(
-            node=self._node,
-            outcome=outcome,
-            rc=self._rc,
-            signal=self._signal,
-            error=error,
-            ran=self._ran,
-            ok=outcome is Outcome.EXITED and self._rc in self._ok_codes,
-            attempts=self.done,
-            capture=capture,
-            ending=ending,
+        fields = {
+            "node": self._node,
+            "outcome": outcome,
+            "rc": self._rc,
+            "signal": self._signal,
+            "ran": self._ran,
+            "ok": outcome is Outcome.EXITED and self._rc in self._ok_codes,
+            "capture": capture,
+            "ending": ending,
             **how,
-        )
-        if error is not None:
-            error.node = self._name
-            error.attempts, error.result = self.done, result
-            if len(self.done) > 1 and outcome is not Outcome.ABORTED:
-                error.tried(len(self.done), self._seconds())
-        return result
+        }
+        if error is None:
+            return NodeResult(error=None, attempts=self.done, **fields)
+        error.node = self._name
+        if len(self.done) > 1 and outcome is not Outcome.ABORTED:
+            error.tried(len(self.done), self._seconds())
+        return error.settle(Account(self.done, fields))
 
     def _add(self, attempt: Attempt, ran: bool | None) -> None:
         self.done += (attempt,)

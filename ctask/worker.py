@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -37,6 +38,9 @@ log = logging.getLogger("ctask.worker")
 
 class Owner(Protocol):
     """The task, as far as its workers need it."""
+
+    def let_go(self, worker: Worker) -> None:
+        """It has ended, and its events are delivered: it lives as long as the program holds it."""
 
     def wait_for(
         self,
@@ -119,16 +123,9 @@ class Worker(gather.Gathered):
         self._jobs = tuple(jobs)
         self._nodes = nodes
         for job in self._jobs:
-            future = Future(self.task, job.node, self._canceller(job), self.admission)
+            future = Future(self.task, job.node, partial(_cancel, job), self.admission)
             # By the job as well: what a program's keys do when they are compared is not for the dispatcher to bear.
             self._future_of[job] = self._futures[job.node] = future
-
-    def _canceller(self, job: Job) -> Callable[[], None]:
-        def cancel() -> None:
-            within = job.limits.stop.grace + ABORT_WITHIN
-            self._run.post(job, job.stop, Outcome.ABORTED, Aborted("cancelled"), within)
-
-        return cancel
 
     def admit(self, *, may_write: bool = False) -> None:
         """Its jobs are on their way: decide about the standard input that was not spoken of.
@@ -249,6 +246,7 @@ class Worker(gather.Gathered):
     def _close(self) -> bool:
         self._closed = True
         self._closed_at = time.monotonic()
+        self.task.let_go(self)
         return self.did_timeout()
 
     # -- waiting ---------------------------------------------------------------------------------------------
@@ -576,6 +574,12 @@ class Worker(gather.Gathered):
         shown = self.command if len(self.command) <= 40 else self.command[:39] + "…"
         nodes = f" {self._nodes} ({len(self._nodes)})" if self.remote else ""
         return f"<Worker {self.number} {shown!r}{nodes}: {self.counts()}, {self.elapsed:.1f} s>"
+
+
+def _cancel(job: Job) -> None:
+    """End one job, as its future asks for it. Any thread."""
+    within = job.limits.stop.grace + ABORT_WITHIN
+    job.run.post(job, job.stop, Outcome.ABORTED, Aborted("cancelled"), within)
 
 
 def _abort_each(jobs: Sequence[Job], at_most: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import enum
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ctask.errors.text import printable
 from ctask.errors.usage import CtaskError
@@ -50,6 +51,13 @@ __all__ = [
 _SAYS_NOTHING = frozenset(("queued", "hostkey", "running", "closing"))
 
 
+class Record(Protocol):
+    """What a job has come to, but for the error that it ended by."""
+
+    def attempts(self, error: NodeError) -> tuple[Attempt, ...]: ...
+    def result(self, error: NodeError) -> NodeResult: ...
+
+
 class Curable(enum.IntEnum):
     """Whether the same may go well a moment later; what a `ctask.Retry` goes by."""
 
@@ -73,7 +81,8 @@ class NodeError(CtaskError):
         kind: the text that folds with the same failure of other nodes: `reason` without addresses and times.
         curable: whether the same may go well a moment later.
         attempts: one `Attempt` for each try, the last one included.
-        result: the `NodeResult` with what had been printed until then; None until the job has ended.
+        result: the `NodeResult` with what had been printed until then; None until the job has ended. An error that
+            is all that is kept of a job makes it anew.
     """
 
     #: said where an error is raised without a text of its own
@@ -89,16 +98,44 @@ class NodeError(CtaskError):
         self.kind = kind or self.reason
         if curable is not None:
             self.curable = curable
-        self.attempts: tuple[Attempt, ...] = ()
-        self.result: NodeResult | None = None
+        # What the job has come to, but for this error. The result holds the error and not the other way round: a ring
+        # of the two would keep what was printed until the collector comes by.
+        self._record: Record | None = None
+        self._result: weakref.ref[NodeResult] | None = None
         super().__init__(self.reason)
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        return self._record.attempts(self) if self._record is not None else ()
+
+    @property
+    def result(self) -> NodeResult | None:
+        result = self._result() if self._result is not None else None
+        if result is None and self._record is not None:
+            result = self._record.result(self)
+            self._result = weakref.ref(result)
+        return result
+
+    def settle(self, record: Record) -> NodeResult:
+        """Note what the job has come to; return its result. By whoever made the error."""
+        self._record, self._result = record, None
+        result = record.result(self)
+        self._result = weakref.ref(result)
+        return result
 
     def copy(self) -> NodeError:
         """Return an error of its own with the same class and text, for another node that shares the failure."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
+        twin._result = None  # noqa: SLF001 (of the same class)
         twin.args = self.args
         twin.__cause__ = self.__cause__
+        return twin
+
+    def again(self) -> NodeError:
+        """Return it as it is to be raised: the traceback, and the frames in it, are then not kept with the job."""
+        twin = self.copy()
+        twin._result = self._result  # noqa: SLF001 (of the same class)
         return twin
 
     def add(self, text: str) -> None:
@@ -127,7 +164,7 @@ class NodeError(CtaskError):
         return printable(f"{self.node}: {self.why()}" if self.node else self.why())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)
+        return _rebuild, (type(self), self.args, {**self.__dict__, "_result": None})
 
 
 class ConnectError(NodeError):
