@@ -360,6 +360,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "known_hosts": ({"known_hosts": "/a"}, {"known_hosts": "/b"}),
     "named_known_hosts": ({}, {"known_hosts": DEFAULT_KNOWN_HOSTS}),
     "host_key_policy": ({"host_key_policy": "verify"}, {"host_key_policy": "accept-new"}),
+    "kex_algorithms": ({}, {"kex_algorithms": "curve25519-sha256"}),
     "keep": ({"keep": 1}, {"keep": 2}),
     "alive_interval": ({"alive_interval": 1}, {"alive_interval": None}),
 }
