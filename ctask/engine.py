@@ -27,7 +27,7 @@ from ctask.interpreter import check_interpreter
 from ctask.job import Job
 from ctask.mailbox import Mailbox
 from ctask.making import ConnectionMaking
-from ctask.plan import Dial, Join, Plan, Shake, Start
+from ctask.plan import Dial, Join, Plan, Shake, Stage, Start
 from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
 from ctask.transports import transport
@@ -158,14 +158,17 @@ class Engine:
     def _step(self, now: float) -> None:
         carry_out = self.dispatcher.carry_out
         for action in self.plan.step(now, self._take, self._reserve):
+            # An action that fails ends jobs, and with the last of them a making, of which there may be more behind it.
             match action:
-                case Start(job, connection):
+                case Start(job, connection) if self.plan.holds(job):
                     carry_out(job, job.start, connection, now)
-                case Join(job, making):
+                case Start(job, connection):
+                    carry_out(None, job.way.give_back, connection)
+                case Join(job, making) if job in making.jobs:
                     carry_out(job, job.join, making, now)
-                case Dial(making):
+                case Dial(making) if making.stage is not Stage.OVER:
                     carry_out(making, making.dial)
-                case Shake(making):
+                case Shake(making) if making.stage is not Stage.OVER:
                     carry_out(making, making.shake, now)
         self.run.endings.flush()
         if self._closing and not self.run.live:

@@ -87,6 +87,8 @@ class ConnectionMaking(Making["Job"]):
             self._dial.drop()
             self._dial = None  # they hold each other
             self._unreserve()
+        else:  # it was not begun, or has told its end already
+            self._unreserve()
 
     def _break(self, sock: socket.socket) -> None:
         # The pool's thread, or the connection's, is in a read of it, or will be, and wakes with an error. Who closes it

@@ -294,6 +294,10 @@ class Plan(Generic[J, M, C]):
             times.append(self._young[0][0])
         return min(times, default=None)
 
+    def holds(self, job: J) -> bool:
+        """Whether a job has a slot."""
+        return job in self._holders
+
     @property
     def slots(self) -> int:
         """How many slots are taken."""
