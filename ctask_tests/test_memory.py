@@ -56,7 +56,7 @@ assert all(result.ok for result in worker.results())
 assert len(worker.groups()) == GIVEN["nodes"]
 for output, nodes in worker.iter_buffers():
     assert output == numbered(str(nodes), SIZE).removesuffix(b"\\n")
-for node in ("n1", "n77", "n1000"):
+for node in ("n1", "n77", f"n{GIVEN['nodes']}"):
     assert worker.result(node).stdout == numbered(node, SIZE)
     assert task.node_buffer(node) == numbered(node, SIZE).removesuffix(b"\\n")
 say("grown", status("VmHWM") - before)
@@ -66,7 +66,6 @@ budget = worker.store.budget
 kept = worker.result("n7")
 del worker, output, nodes
 task.resume()
-gc.collect()
 say("kept", budget.held)
 assert kept.stdout == numbered("n7", SIZE)
 """
@@ -75,6 +74,7 @@ assert kept.stdout == numbered("n7", SIZE)
 
 @pytest.mark.load
 @pytest.mark.slow
+@pytest.mark.timeout(120)  # they are about memory: a busy machine may take its time
 def test_p8_a_thousand_nodes_that_print_the_same_megabyte_are_one_copy() -> None:
     with Child(SAME) as child:
         grown = int(child.expect("grown"))
@@ -84,10 +84,11 @@ def test_p8_a_thousand_nodes_that_print_the_same_megabyte_are_one_copy() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_p8_what_is_above_the_ceiling_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     ceiling = 64 * MIB
-    with Child(DIFFERENT, ceiling=ceiling, nodes=1000) as child:
+    with Child(DIFFERENT, ceiling=ceiling, nodes=300) as child:
         grown, held = int(child.expect("grown")), int(child.expect("held"))
         assert child.expect("files") == "1"
         kept = int(child.expect("kept"))
