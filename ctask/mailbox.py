@@ -315,7 +315,7 @@ class Mailbox:
                     _turn_to(delivery.subject, delivery.node, rc)
                     self._each(handlers.hup, delivery.subject, delivery.node, rc)
             if delivery.left == "done":
-                _turn_to(delivery.subject, delivery.node, result.rc)
+                _turn_to(delivery.subject, delivery.node, rc)
                 over = True
                 self._each(handlers.done, delivery.subject, delivery.node, result)
         finally:
