@@ -211,7 +211,7 @@ def test_a_bad_node_set_in_a_file_has_a_caret_too(capsys: pytest.CaptureFixture[
     assert err.endswith("              n[2\n               ^\n")
 
 
-def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_e04_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     log = TerminalLog(Terminal())
     record = logging.makeLogRecord({"msg": "known_hosts %s: skipped", "args": ("a\nctask: exit 0\x1b[2J",)})
     log.emit(record)

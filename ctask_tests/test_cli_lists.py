@@ -258,7 +258,7 @@ def test_many_nodes_are_read_at_once(tmp_path: Path) -> None:
     assert Lists().words(str(path), "--hostfile")[-1].where == f"{path}:30000"
 
 
-def test_a_name_of_a_file_makes_no_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+def test_e04_a_name_of_a_file_makes_no_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--hostfile", "a\nctask: all is well\x1b[2J", "true"]) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1

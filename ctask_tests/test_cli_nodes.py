@@ -249,7 +249,7 @@ def test_help_lists_the_options(ask: Ask) -> None:
 RUDE = "p\\033[2Jq\\007\\nr\\302\\220\\342\\200\\256\\377"
 
 
-def test_names_of_groups_cannot_act_on_a_terminal(ask: Ask, tmp_path: Path) -> None:
+def test_e04_names_of_groups_cannot_act_on_a_terminal(ask: Ask, tmp_path: Path) -> None:
     # They are what a source prints: a name of a partition, an attribute, a job.
     conf = tmp_path / "groups.conf"
     lines = f"printf '{RUDE}'"
