@@ -20,6 +20,8 @@ from ctask.nodes.resolving import set_std_group_resolver
 SITE = 'site:\n  compute: "n[1-4]"\n  login: "l1"\n'
 SLURM = "[slurm]\nmap: echo s9\nlist: echo compute\n"
 
+LOCAL = "[Main]\ndefault: local\n[local]\nmap: [ $GROUP != compute ] || echo m1\nlist: echo compute\n"
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to another account")
 
 
@@ -171,6 +173,27 @@ def test_what_the_program_or_the_command_line_chose_is_not_told(
     assert not told(caplog)
 
 
+def test_a_default_of_the_system_is_told_where_a_user_has_the_name(
+    folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ClusterShell's package has it: `default: local`."""
+    write(folders / "sys/clustershell", groups=LOCAL)
+    write(folders / "usr/ctask", groups__d__site=SITE)
+    assert nodes("@compute") == "m1"
+    assert "@compute is that of source local" in told(caplog)
+    assert "source site (" in told(caplog)
+    with pytest.raises(NoSuchGroup, match=r"no such group: @login .*There is @site:login$"):
+        nodes("@login")
+    caplog.clear()
+    write(folders / "usr/ctask", groups="[Main]\ndefault: site\n")
+    assert nodes("@compute") == "n[1-4]"
+    write(folders / "usr/ctask", groups="[Main]\ndefault: local\n")
+    assert nodes("@compute") == "m1"
+    write(folders / "usr/ctask", groups="[Main]\ndefault:\n")  # as if no file had chosen
+    assert nodes("@compute") == "n[1-4]"
+    assert not told(caplog)
+
+
 def test_a_source_that_cannot_say_holds_nothing_up(
     folders: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +222,15 @@ def test_what_stands_in_a_file_and_means_nothing_is_told(folders: Path, caplog: 
         "forgotten.yml is left out: only *.yaml are read",
     ):
         assert part in told(caplog)
+
+
+def test_a_file_that_is_found_by_two_ways_is_told_of_once(
+    folders: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folders / "usr/ctask", groups=SLURM + "lst: a\n", groups__d__site=SITE)
+    monkeypatch.setenv("CTASK_CFGDIR", str(folders / "usr/ctask"))
+    assert GroupResolverConfig().sources() == ["site", "slurm"]
+    assert told(caplog).count("unknown key lst") == 1
 
 
 @pytest.mark.parametrize("key", ["CTASK_CFGDIR", "CLUSTERSHELL_CFGDIR"])

@@ -8,6 +8,7 @@ wait; nothing but files is read there.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import copy
 import logging
 import os
@@ -114,7 +115,13 @@ class GroupResolverConfig(GroupResolver):
 
     def group_nodes(self, group: str, source: str | None = None) -> list[str]:
         """Return the words of a group; warn, once, where a second source has it and no `default` chose between them."""
-        found = super().group_nodes(group, source)
+        try:
+            found = super().group_nodes(group, source)
+        except NoSuchGroup as error:
+            if source is None and (others := self._elsewhere(group)):
+                end = "" if error.reason.endswith((".", "?")) else "."
+                raise NoSuchGroup(f"{error.reason}{end} There is {others}", error.text) from error
+            raise
         if source is None and self._rivals and group not in self._told:
             self._told.add(group)
             self._tell_rivals(group)
@@ -132,11 +139,21 @@ class GroupResolverConfig(GroupResolver):
                     self._loaded = True
         finally:
             # not under the lock: a handler of the log is the user's code, and may ask for a group
-            for level, text in told:
+            for level, text in dict.fromkeys(told):  # the environment may name a folder that is looked in anyway
                 log.log(level, "%s", text)
 
     def _default_chosen(self) -> None:
         self._rivals = ()
+
+    def _elsewhere(self, group: str) -> str:
+        """Return how a group is written that files of other sources have; no command is run for that."""
+        found = []
+        for name, source in self._sources.items():
+            if name != self._default and not isinstance(source, UpcallGroupSource):
+                with contextlib.suppress(NodeSetExternalError):  # a file that cannot be read any more
+                    if group in source.groups:
+                        found.append(f"@{name}:{printable(group)}")
+        return ", ".join(found)
 
     def _tell_rivals(self, group: str) -> None:
         shown, name = printable(group), self._default or ""
@@ -249,9 +266,11 @@ class _Reader:
         self._found.sort(key=lambda found: found.order)
         named = self._named()
         sources = {name: found.source for name, found in named.items()}
-        chosen = next((file for file in reversed(self._there) if file.main.get("default")), None)
-        if chosen is not None:
-            return sources, self._default(chosen, sources), ()
+        chosen = next((file for file in reversed(self._there) if "default" in file.main), None)
+        if chosen is not None and chosen.main["default"]:
+            # a choice of the system's, say, which knows nothing of what its users have
+            stronger = [found.source for found in named.values() if found.rank > chosen.rank]
+            return sources, self._default(chosen, sources), stronger
         first = next(iter(named.values()), None)
         if first is None:
             return {}, None, ()
