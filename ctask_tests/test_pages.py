@@ -51,6 +51,11 @@ with EmbeddedCluster("n[1-40],db[1-2]", user="root") as cluster:
 sys.exit(status)
 """
 
+#: The files that the commands of README.md name.
+FILES = {"nodes.txt": "# the first rack\nn[1-4]\nn5  # spare\n", "broken.txt": "n2\n"}
+#: And those that a pattern of theirs would match, if it were not quoted.
+FILES |= dict.fromkeys(("n1", "n2", "n", "db1"), "")
+
 #: What the groups that README.md names are, in the test.
 SITE = "site:\n  compute: n[1-8]\n  down: n3\n"
 
@@ -140,8 +145,8 @@ def test_commands_can_be_typed_as_they_stand(home: dict[str, str], block: Block)
     """Also in a folder with files whose names a pattern without quotes would match."""
     groups = next((one.text for one in blocks("yaml") if one.page == block.page), SITE)
     write(Path(home["HOME"], ".config/ctask/groups.d/site.yaml"), groups)
-    for name in ("n1", "n2", "n", "db1"):
-        Path(home["HOME"], name).touch()
+    for name, text in FILES.items():
+        write(Path(home["HOME"], name), text)
     for command in commands(block):
         done = subprocess.run(
             ["bash", "--norc", "-c", command],
