@@ -114,8 +114,7 @@ $1"
 # is both theirs, where commands lead none; FILTER: the session in which this script runs.
 find_connection() {
     CONNECTION=$UP OWN=$ME SHARED='' STEPS=0
-    # Of this shell itself, whose name is a plain one: the fields after it begin with another one, so that both have the
-    # session at the fourth place.
+    # The shell's own line needs no sed: nobody chose its name. The session is the fourth field behind that; and of all.
     if read -r LINE <"/proc/$ME/stat"; then
         set -- ${LINE##*) }
     else
