@@ -176,7 +176,9 @@ def test_a_policy_takes_huge_numbers_and_gives_up_on_none(task: Task) -> None:
 
 @pytest.mark.parametrize("value", HUGE, ids=lambda value: shown(value)[:16])
 def test_a_group_source_waits_as_long_as_it_is_told(value: Any) -> None:
-    source = UpcallGroupSource("slow", map_upcall="echo n[1-3]", timeout=value, cache_time=value)
+    # It closes its output before it ends, so that both its output and its end are waited for.
+    command = "sleep 0.05; echo n[1-3]; exec >&- 2>&-; sleep 0.05"
+    source = UpcallGroupSource("slow", map_upcall=command, timeout=value, cache_time=value)
     assert source.resolv_map("any") == ["n[1-3]"]
     for wrong in (math.nan, -1, True):
         with pytest.raises(ctask.GroupSourceError, match="timeout"):

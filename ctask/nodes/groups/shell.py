@@ -41,7 +41,7 @@ MOST = 64 << 20
 #: Bytes of its standard error that are kept, from the end.
 _KEPT_ERROR = 2000
 #: Seconds for a killed command to be gone.
-#: Seconds that one look at its output takes at most: epoll counts milliseconds in an int.
+#: Seconds that one look at its output, or for its end, takes at most: epoll and poll count milliseconds in an int.
 _LONGEST_LOOK = 3600.0
 _GONE = 2.0
 #: Seconds between looks at a command where the kernel has no pidfd (before 5.3): the first, and the longest.
@@ -229,7 +229,7 @@ class _Child:
             else:
                 wait = select.poll()
                 wait.register(self._pidfd, select.POLLIN)
-                wait.poll(left * 1000)
+                wait.poll(min(left, _LONGEST_LOOK) * 1000)
         return True
 
     def _reap(self) -> bool:
