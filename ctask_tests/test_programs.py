@@ -7,7 +7,6 @@ import platform
 import re
 import runpy
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,19 +177,3 @@ def test_the_programs_of_the_readme_run_as_they_stand(capsys: pytest.CaptureFixt
         for block in BLOCKS:
             exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
             assert capsys.readouterr().out, block
-
-
-@pytest.mark.slow
-def test_the_programs_of_the_readme_can_be_typed() -> None:
-    # Into the prompt of `make shell`: a blank line ends a block there, and what is missing raises.
-    shown = README[README.index("\n## Examples\n") : README.index("\n## On your own nodes\n")]
-    programs = re.findall(r"^```python\n(.*?)^```", shown, re.MULTILINE | re.DOTALL)
-    pages = "".join(page.read_text(encoding="utf-8") for page in (EXAMPLES.parent / "docs").glob("*.md"))
-    programs += re.findall(r"^```python\n(.*?)^```", pages, re.MULTILINE | re.DOTALL)
-    assert len(programs) > len(BLOCKS) - 2
-    typed = "".join(f"{program}\nprint('typed', {number})\n" for number, program in enumerate(programs))
-    command = [sys.executable, str(EXAMPLES / "demo.py"), "--shell"]
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=25, check=False)
-    assert done.stderr.strip() == ""
-    assert re.findall(r"(?m)^(?:>>> )*typed (\d+)$", done.stdout) == [str(number) for number in range(len(programs))]
-    assert done.returncode == 0
