@@ -104,8 +104,11 @@ def test_other_threads_may_write(task: Task) -> None:
 # -- not spoken of -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pty", [False, True])
-@pytest.mark.parametrize("where", ["remote", "local", "placeholder"])
+@pytest.mark.parametrize(
+    ("where", "pty"),
+    # Not on a node's terminal: see below.
+    [("remote", False), ("local", False), ("local", True), ("placeholder", False), ("placeholder", True)],
+)
 def test_a_command_that_reads_does_not_wait_for_input_that_nobody_writes(task: Task, where: str, pty: bool) -> None:
     places: dict[str, dict[str, Any]] = {
         "remote": {"nodes": [WELL]},
@@ -227,6 +230,13 @@ def test_on_a_terminal_the_end_of_input_is_typed(task: Task, text: bytes) -> Non
         task.resume()
     for one in (worker, later):
         assert outcomes(one)[WELL].stdout.replace("\r\n", "\n").endswith(text + b"end\n")
+
+
+def test_on_a_terminal_nothing_is_typed_unasked(task: Task) -> None:
+    # As `ssh -tt NODE cat </dev/null` it waits; sudo with a terminal of its own would print a ^D that comes too early.
+    worker = run(task, "cat", [WELL], pty=True, timeout=0.5, stop_grace=0.5)
+    result = outcomes(worker)[WELL]
+    assert (result.outcome, result.stdout) == (Outcome.TIMEOUT, b"")
 
 
 def test_under_asyncio_it_is_closed_as_well(task: Task) -> None:

@@ -212,8 +212,7 @@ class SshSession(OwnChannel):
         with self._guard:
             if not (self._sent and self._eof_wanted) or self._eof_sent:
                 return
-            if self._command.pty:
-                # sshd tells no command on a terminal of that end: it is typed, as a person would.
+            if self._types_end():
                 typed = _TERMINAL_END[: 1 if self._line_start else 2]
                 if self._room < len(typed):
                     return
@@ -221,6 +220,14 @@ class SshSession(OwnChannel):
                 packets.insert(0, messages.data(self._remote, typed))
             self._eof_sent = True
         self._send(*packets)
+
+    def _types_end(self) -> bool:
+        """Whether the end of input is typed: sshd tells no command on a terminal of the channel's end.
+
+        Only behind input that was given. Unasked it would show: sudo with a terminal of its own passes a ^D that comes
+        before it is ready on as a NUL. `ssh -tt` types none either.
+        """
+        return self._command.pty and self._command.stdin
 
     def give(self) -> None:
         """Let the node send as much again as was withheld; any thread."""
@@ -312,7 +319,7 @@ class SshSession(OwnChannel):
         end = messages.eof(self._remote)
         with self._guard:
             self._eof_wanted = self._eof_wanted or not self._command.stdin
-            both = self._eof_sent = self._eof_wanted and not self._command.pty
+            both = self._eof_sent = self._eof_wanted and not self._types_end()
         self._asked = "exec"
         self._link.send(self, request, *([end] if both else []))
         with self._guard:
