@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -204,7 +205,9 @@ def test_f08_a_frozen_node_is_lost_after_three_silences(sshd: Sshd, command: str
     assert (result.ran, result.phase) == (None, "running")
     assert result.stdout.startswith(printed)
     assert "no sign of life" in str(result.error)
-    assert "0.9" in str(result.error)
+    told = re.search(r"for ([\d.]+) s$", str(result.error))
+    assert told, result.error
+    assert float(told[1]) >= 3 * INTERVAL, "what has passed, which a busy machine makes more"
 
 
 @pytest.mark.slow
