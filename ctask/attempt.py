@@ -155,27 +155,32 @@ class Inbox:
 
 
 class ConnectClock:
-    """The `connect_timeout` of one job: runs from its joining, and stands while the job waits for its turn."""
+    """The `connect_timeout` of one job: runs from its joining, and stands while the job waits for its turn.
 
-    __slots__ = ("_deadline", "_dispatcher", "_expired", "_job", "_left", "_since")
+    It stands while this process does as well: its side of a handshake was not carried on meanwhile.
+    """
+
+    __slots__ = ("_deadline", "_dispatcher", "_job", "_left", "_lost", "_since")
 
     def __init__(self, job: Job, dispatcher: Dispatcher, limit: float | None) -> None:
         self._job = job
         self._dispatcher = dispatcher
         self._left = limit
         self._since: float | None = None
+        self._lost = 0.0
         self._deadline: Deadline | None = None
 
     def run(self, now: float) -> None:
         """Go on; running already is fine."""
         if self._left is not None and self._since is None:
-            self._since = now
-            self._deadline = self._dispatcher.at(now + self._left, self._job, self._job.not_answered)
+            self._since, self._lost = now, self._dispatcher.lost
+            self._deadline = self._dispatcher.after(self._left, self._job, self._job.not_answered)
 
     def pause(self, now: float) -> None:
         """Stand; standing already is fine."""
         if self._since is not None and self._left is not None:
-            self._left = max(0.0, self._left - (now - self._since))
+            ran = now - self._since - (self._dispatcher.lost - self._lost)
+            self._left = max(0.0, self._left - max(0.0, ran))
         self._since = None
         if self._deadline is not None:
             self._deadline.cancel()

@@ -5,6 +5,9 @@ It takes posts from one queue, and deadlines from one heap; after each batch it 
 carries that out. It never waits: not for a node, nor for a lock under which anybody sends, waits or calls out.
 What it calls (jobs, connections in the making) is handed to it; it knows none of their rooms.
 
+A deadline that is noticed late says nothing about a node: this process may have stood still, and what the node said
+lies in a socket. So before one is judged that is late, the threads that read take what has come (`settle`).
+
 When it ends (it was stopped, or by an error that is no `Exception`, or by one of the plan's), `_over` is set *before*
 the queue is emptied for the last time, and who posts looks at it *after* posting: each post is carried out or returned.
 Posts are returned in one thread at a time: `_returning` is only ever tried, and who had it looks again after it.
@@ -18,14 +21,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
-__all__ = ["Deadline", "Dispatcher", "Post", "Subject"]
+from ctask.standstill import TICK, Standstills, standstills
+
+__all__ = ["LATE", "Deadline", "Dispatcher", "Post", "Subject"]
 
 log = logging.getLogger("ctask.dispatcher")
 
 #: Posts that are carried out between two looks at deadlines and plan: a flood of one node must not hold up either.
 BATCH = 200
+#: Seconds by which a deadline is late when what has come is let in first: more than a thread waits for its turn.
+LATE = 0.05
+#: Seconds that this may take at most, since a flood never ends; the second after a standstill.
+SETTLE = (0.25, 1.0)
 
 
 class Subject(Protocol):
@@ -42,13 +52,21 @@ Post = tuple[Subject | None, Callable[..., object], tuple[Any, ...]]
 class Deadline:
     """A call at a time; `cancel()` it in the dispatcher."""
 
-    __slots__ = ("_heap", "args", "call", "subject", "when")
+    __slots__ = ("_heap", "args", "call", "lost", "subject", "when")
 
     def __init__(
-        self, heap: _Heap, when: float, subject: Subject | None, call: Callable[..., object], args: tuple[Any, ...]
+        self,
+        heap: _Heap,
+        when: float,
+        subject: Subject | None,
+        call: Callable[..., object],
+        args: tuple[Any, ...],
+        lost: float | None = None,
     ) -> None:
         self._heap = heap
         self.when = when
+        #: seconds lost in standstills until it was made, where such do not count for it
+        self.lost = lost
         self.subject = subject
         self.call: Callable[..., object] | None = call
         self.args = args
@@ -113,9 +131,11 @@ class Dispatcher:
             posts. What it raises is logged.
         died: given the error that the thread ends by, where it is one, while nothing else is returned.
         dead: given the same, when what was posted meanwhile has been returned; the thread's last act.
+        settle: given a call, has the threads that read take all that has come, and makes the call then, in any thread.
 
     Attributes:
         error: what the thread has ended by; None: it has not, or it was stopped.
+        lost: seconds in which this process stood still while deadlines ran; the dispatcher's.
     """
 
     def __init__(
@@ -128,6 +148,7 @@ class Dispatcher:
         died: Callable[[BaseException], object] = lambda error: None,
         dead: Callable[[BaseException], object] = lambda error: None,
         returned: Callable[[Post], object] = lambda post: None,
+        settle: Callable[[Callable[[], None]], None] = lambda call: call(),
     ) -> None:
         # SimpleQueue.put is reentrant: posting is safe in signal handlers and in destructors.
         self._queue: queue.SimpleQueue[Post] = queue.SimpleQueue()
@@ -137,7 +158,18 @@ class Dispatcher:
         self._died = died
         self._dead = dead
         self._returned = returned
+        self._settle = settle
         self.clock = clock
+        # A clock that is set by hand says nothing about the process.
+        self._standstills = standstills if clock is time.monotonic else Standstills()
+        self._ticking = False
+        self._noticed = 0.0
+        self.lost = 0.0
+        # Until when deadlines wait for what has come, and what else does; the count tells one such time from the next.
+        self._settling: float | None = None
+        self._settled = 0
+        self._in_at = clock() - LATE
+        self._behind: list[Post] = []
         self.error: BaseException | None = None
         self._stopped = False
         self._over = False
@@ -165,6 +197,20 @@ class Dispatcher:
         self._heap.push(deadline)
         return deadline
 
+    def after(self, seconds: float, subject: Subject | None, call: Callable[..., object], *args: Any) -> Deadline:
+        """Have `call(*args)` carried out in so many seconds, not counting those in which the process stood still.
+
+        For what depends on an exchange with a node: neither side could go on meanwhile. Dispatcher.
+        """
+        deadline = Deadline(self._heap, self.clock() + seconds, subject, call, args, self.lost)
+        self._heap.push(deadline)
+        return deadline
+
+    def behind(self, subject: Subject | None, call: Callable[..., object], *args: Any) -> None:
+        """Have `call(*args)` carried out behind all that has come from nodes by now. Dispatcher."""
+        self._behind.append((subject, call, args))
+        self._let_in(self.clock(), SETTLE[0])
+
     def stop(self) -> None:
         """End the thread after what is queued. Any thread."""
         self.post(None, self._stop)
@@ -188,6 +234,9 @@ class Dispatcher:
                 self._turn()
         except BaseException as error:  # noqa: BLE001 (nobody is above: whoever waits has to be told)
             self.error = error
+        self._tick(False)
+        for post in self._behind:
+            self._queue.put(post)
         try:
             # What is posted meanwhile is left in the queue: the thread that posts finds this one at it.
             with self._returning:
@@ -202,6 +251,7 @@ class Dispatcher:
 
     def _turn(self) -> None:
         post = self._next()
+        self._look(self.clock())
         count = 0
         while post is not None:
             self.carry_out(post[0], post[1], *post[2])
@@ -214,10 +264,45 @@ class Dispatcher:
                 break
         del post  # what it holds is not to live until the next one
         now = self.clock()
-        while (deadline := self._heap.pop_due(now)) is not None:
-            self._queue.put((deadline.subject, self._expire, (deadline,)))
+        self._expire_due(now)
         # A plan that has raised has lost jobs on the way: going on would leave them waiting for ever.
         self._step(now)
+
+    def _look(self, now: float) -> None:
+        """Notice that the process stood still."""
+        if self._ticking and (noticed := self._standstills.look(now)) != self._noticed:
+            self.lost += noticed - self._noticed
+            self._noticed = noticed
+            self._let_in(now, SETTLE[1])
+
+    def _let_in(self, now: float, most: float) -> None:
+        """Have deadlines wait until what has come from nodes is posted."""
+        if self._settling is not None:
+            return
+        self._settling, self._in_at = now + most, now
+        self._settled += 1
+        try:
+            self._settle(partial(self.post, None, self._let_go, self._settled))
+        except Exception:
+            log.exception("%s: what has come could not be asked for", self._thread.name)
+            self._let_go(self._settled)
+
+    def _let_go(self, number: int) -> None:
+        if self._settling is not None and number == self._settled:
+            self._settling = None
+            behind, self._behind = self._behind, []
+            for post in behind:
+                self._queue.put(post)
+
+    def _expire_due(self, now: float) -> None:
+        """Put the deadlines that have passed behind what is queued."""
+        if self._settling is not None and now >= self._settling:
+            self._let_go(self._settled)
+        due = self._heap.next()
+        if due is not None and now - due > LATE and self._in_at < due:
+            self._let_in(now, SETTLE[0])
+        while self._settling is None and (deadline := self._heap.pop_due(now)) is not None:
+            self._queue.put((deadline.subject, self._expire, (deadline,)))
 
     def _die(self, error: BaseException) -> None:
         try:
@@ -247,16 +332,35 @@ class Dispatcher:
 
     def _next(self) -> Post | None:
         """Wait for a post, at most until something else is due."""
-        times = [when for when in (self._heap.next(), self._due()) if when is not None]
+        due = self._heap.next() if self._settling is None else self._settling
+        times = [when for when in (due, self._due()) if when is not None]
+        self._tick(bool(times))
         try:
             if not times:
                 return self._queue.get()
-            left = min(times) - self.clock()
-            return self._queue.get(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else self._queue.get_nowait()
+            left = min(min(times) - self.clock(), TICK)
+            return self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
         except queue.Empty:
             return None
 
+    def _tick(self, ticking: bool) -> None:
+        """Say whether this thread looks at the clock while it waits: only while there is something to wait for."""
+        if ticking != self._ticking:
+            self._ticking = ticking
+            if ticking:
+                now = self.clock()
+                self._standstills.begin(now)
+                self._noticed = self._standstills.look(now)
+            else:
+                self._standstills.end()
+
     def _expire(self, deadline: Deadline) -> None:
+        if deadline.lost is not None and deadline.call is not None:
+            more = self.lost - deadline.lost
+            if more > 0:
+                deadline.when, deadline.lost = deadline.when + more, self.lost
+                self._heap.push(deadline)
+                return
         call, args = deadline.call, deadline.args
         if call is not None:  # not cancelled while it stood in the queue
             deadline.call = None

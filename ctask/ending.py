@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ctask.options import Stop
 from ctask.result import Ending
+from ctask.standstill import awake
 from ctask.transports.base import Connection, Session, Transport
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Endings:
         key = (id(connection), stop, within)
         batch = self._batches.get(key)
         if batch is None:
-            until = time.monotonic() + max(0.0, within - WORD_BEFORE)
+            until = awake() + max(0.0, within - WORD_BEFORE)
             batch = self._batches[key] = Batch(connection, stop, until)
         batch.jobs[session] = job
 
@@ -103,7 +103,7 @@ class Batch:
                 job.run.post(job, job.seen, session, ending)
 
         try:
-            within = max(0.0, self._until - time.monotonic())
+            within = max(0.0, self._until - awake())
             for session, ending in self._connection.end(tuple(self.jobs), self._stop, within, hear).items():
                 if session not in told:
                     tell(session, ending)

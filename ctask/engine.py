@@ -30,7 +30,7 @@ from ctask.making import ConnectionMaking
 from ctask.plan import Dial, Join, Plan, Shake, Stage, Start
 from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
-from ctask.transports import transport
+from ctask.transports import settle, transport
 from ctask.transports.base import Connection, Transport
 
 __all__ = ["CLOSED", "Engine"]
@@ -85,6 +85,7 @@ class Engine:
             died=self._died,
             dead=self._dead,
             returned=self._returned,
+            settle=settle,
         )
         endings = Endings(self._work)
         self.run = Runtime(self.dispatcher, self.plan, self.gate, self.mailbox, self._work, transport, endings)
@@ -104,6 +105,20 @@ class Engine:
         """
         self.mailbox.hush()
         self.dispatcher.post(None, self._stop_all, outcome, error, within, at_most)
+
+    def settle(self) -> Callable[[], bool]:
+        """Have all that has come from nodes by now put into the mailbox; return whether it is, for a pump.
+
+        A deadline that is noticed late (this process stood still) is judged after that.
+        """
+        settled = threading.Event()
+
+        def tell() -> None:
+            settled.set()
+            self.mailbox.notify()
+
+        self.dispatcher.post(None, self.dispatcher.behind, None, tell)
+        return settled.is_set
 
     def set_fanout(self, fanout: int) -> None:
         """Change the number of slots; what runs goes on."""

@@ -362,7 +362,7 @@ class Job:
         if self._stopped is not None:
             if error.curable is Curable.NEVER:
                 self._tries.no_more()
-            self._at(self.run.dispatcher.clock() + within, self.promised)
+            self._promise(within)
             return
         session, inbox = self._session, self._inbox
         if session is None or inbox is None or session.drop():
@@ -375,7 +375,7 @@ class Job:
             return
         assert self._connection is not None
         self._stopped = (outcome, error)
-        self._at(self.run.dispatcher.clock() + within, self.promised)
+        self._promise(within)
         self.run.endings.add(self, self._connection, session, self.limits.stop.at_most(at_most), within)
 
     def word(self, session: Session | None, ending: Ending) -> None:
@@ -528,6 +528,9 @@ class Job:
         if self._inbox is not None:
             self._inbox.over_and_out()
         self._session = self._made = None
+
+    def _promise(self, within: float) -> None:
+        self._deadlines.append(self.run.dispatcher.after(within, self, self.promised))
 
     def _at(self, when: float, call: Any) -> None:
         self._deadlines = [deadline for deadline in self._deadlines if deadline.call is not None]

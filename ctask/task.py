@@ -18,6 +18,7 @@ from typing import Any, overload
 
 from ctask import gather
 from ctask.buffers import MemoryBudget
+from ctask.dispatcher import LATE
 from ctask.ending import ABORT_WITHIN, DEADLINE_WITHIN
 from ctask.engine import CLOSED, Engine
 from ctask.errors import (
@@ -460,7 +461,7 @@ class Task(gather.Gathered):
         for worker in self._roster.begin(workers):
             self._launch(worker)
         done = self._roster.all_closed()
-        finished = self._mailbox.pump(done, until)
+        finished = self._mailbox.pump(done, until) or self._finished_before(until, done)
         if not finished:
             error = CommandTimeout(f"deadline of {limit:g} s passed", curable=Curable.NEVER)
             self._end_run(error, Outcome.TIMEOUT, done)
@@ -475,6 +476,15 @@ class Task(gather.Gathered):
         self._take_back(left)
         self._mailbox.pump(lambda: all(one.closed for one in left), time.monotonic() + RETURN_WITHIN)
         self._take_back([*self._roster.scheduled(), *self._roster.unfinished()])
+
+    def _finished_before(self, until: float | None, done: Callable[[], bool]) -> bool:
+        """Whether it turns out, where a deadline is noticed late, that all had ended before."""
+        now = time.monotonic()
+        if until is None or now - until <= LATE:
+            return False
+        self._mailbox.pump(self._engine.settle(), now + RETURN_WITHIN)
+        self._mailbox.turn(LATE)
+        return done()
 
     def _end_run(self, error: NodeError, outcome: Outcome, done: Callable[[], bool]) -> None:
         self._engine.stop(outcome, error, DEADLINE_WITHIN)

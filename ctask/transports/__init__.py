@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from ctask.errors import OptionError
 from ctask.options import TRANSPORTS
 
-__all__ = ["close", "end_local", "in_use", "register", "transport"]
+__all__ = ["close", "end_local", "in_use", "register", "settle", "transport"]
 
 _OWN = ("local", "ssh")
 _registered: dict[str, Any] = {}
@@ -67,6 +69,29 @@ def register(name: str, made: Any) -> None:
         raise OptionError(f"{made!r} is no transport: it lacks {', '.join(lacks)}: see ctask.transports.base")
     _registered[name] = made
     TRANSPORTS.add(name)
+
+
+def settle(call: Callable[[], None]) -> None:
+    """Make a call once the threads that read have taken what has come by now from nodes and local commands.
+
+    Any thread; never waits. The call is made in any thread, at once where nothing is read.
+    """
+    found = [sys.modules.get(f"ctask.transports.{name}") for name in ("ssh", "watcher")]
+    parts = [part for one in found if (part := getattr(one, "settle", None)) is not None]
+    left = [None] * len(parts)
+    lock = threading.Lock()
+
+    def settled() -> None:
+        with lock:
+            left.pop()
+            last = not left
+        if last:
+            call()
+
+    for part in parts:
+        part(settled)
+    if not parts:
+        call()
 
 
 def end_local(grace: float) -> None:

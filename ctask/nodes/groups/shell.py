@@ -40,6 +40,10 @@ log = logging.getLogger("ctask.nodes.groups")
 MOST = 64 << 20
 #: Bytes of its standard error that are kept, from the end.
 _KEPT_ERROR = 2000
+#: Seconds by which the deadline of a command may be noticed late on a busy machine.
+_NOTICED = 0.05
+#: Seconds in which a command has still to be seen to have ended, where its deadline is noticed late.
+_SEEN = 0.25
 #: Seconds for a killed command to be gone.
 #: Seconds that one look at its output, or for its end, takes at most: epoll and poll count milliseconds in an int.
 _LONGEST_LOOK = 3600.0
@@ -288,11 +292,15 @@ def _words(command: str, folder: str | None, *, keep: bool) -> list[str]:
 def _read(child: _Child, deadline: float, timeout: float) -> tuple[bytes, bytes]:
     """Return what is printed on standard output, and the end of what is on standard error, once both are closed."""
     output, told = bytearray(), bytearray()
+    late = False
     with selectors.DefaultSelector() as selector:
         selector.register(child.output, selectors.EVENT_READ, output)
         selector.register(child.told, selectors.EVENT_READ, told)
         while selector.get_map():
             left = deadline - time.monotonic()
+            if left < -_NOTICED and not late:  # this process stood still, and what the command said lies in the pipes
+                late, left = True, _SEEN
+                deadline = time.monotonic() + left
             if left <= 0:
                 raise CommandFailedError(f"did not end within {timeout:g} s, and was killed; a longer `timeout` waits")
             for key, _ in selector.select(min(left, _LONGEST_LOOK)):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from ctask import children
 from ctask.options import Command, Stop
 from ctask.result import Ending, RemoteProcess
+from ctask.standstill import LATE
 from ctask.transports.base import STDERR, STDOUT
 
 __all__ = ["Ends", "Process", "end_sessions", "kill_sessions"]
@@ -461,10 +462,15 @@ class _Ending:
     def wait(self, until: float) -> None:
         """Look until the living are gone, at most until then; what cannot be known is not waited for."""
         while self.living and (left := until - time.monotonic()) > 0 and not self.broken.wait(min(_LOOK, left)):
-            before = tuple(self.living)
-            self.look(before)
-            self._pass_on()
-            self._tell(before)
+            self._look_again()
+        if self.living and time.monotonic() > until + LATE:
+            self._look_again()  # this process stood still: who was told to end may have done it
+
+    def _look_again(self) -> None:
+        before = tuple(self.living)
+        self.look(before)
+        self._pass_on()
+        self._tell(before)
 
     def _tell(self, processes: Collection[Process]) -> None:
         for process in processes:

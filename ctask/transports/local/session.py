@@ -20,6 +20,7 @@ from functools import partial
 from ctask import children
 from ctask.errors import ConnectionLost, ExecRefused, LocalResource, NodeError
 from ctask.options import Command, Stop
+from ctask.standstill import awake
 from ctask.transports.base import Sink
 from ctask.transports.local.processes import Ends, Process
 from ctask.transports.local.stdin import Input
@@ -150,10 +151,10 @@ class LocalSession:
             self._watcher.call(self._let_go)
 
     def started(self, until: float) -> Process | None:
-        """Return the process, waiting for it while it is being started; None where there is none. Pool."""
+        """Return the process, waiting while it is being started, until then (as `awake`); None: there is none. Pool."""
         while True:
             with self._lock:
-                if self._stage is not _Stage.STARTING or time.monotonic() >= until:
+                if self._stage is not _Stage.STARTING or awake() >= until:
                     return self._process
             time.sleep(0.001)
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from ctask.options import Command, Stop, Target
 from ctask.result import Ending
+from ctask.standstill import awake
 from ctask.transports.base import Connection, Session, Sink
 from ctask.transports.local.processes import Process, end_sessions, kill_sessions
 from ctask.transports.local.session import LocalSession
@@ -106,7 +107,7 @@ class LocalTransport:
         has one. For the interpreter's exit. Waits for it, half a second longer than `grace` at most. What a command
         that has ended by itself left in the background stays. Any thread but the watcher's.
         """
-        until = time.monotonic() + TELL
+        until = awake() + TELL
         begun = {session: session.started(until) for session in tuple(all_sessions) if not session.drop()}
         living = {one: process for one, process in begun.items() if process is not None and process.ended is None}
         untold = [process for session, process in living.items() if session.stopped is None]
@@ -163,7 +164,7 @@ class LocalConnection:
         had been printed has then been given to the sinks, and the sessions are over, whoever holds their pipes.
         What is left to run has its pipes closed.
         """
-        until, broken = time.monotonic() + within, self._broken
+        until, broken = awake() + within, self._broken
         endings = dict.fromkeys(sessions, Ending("unknown"))
         processes: dict[LocalSession, Process] = {}
         for session in sessions:
@@ -204,13 +205,13 @@ def _end(
             session.wind_up()
             _after_words(loop, partial(told, session, ending))
 
-    left = max(0.0, until - time.monotonic())
+    left = max(0.0, until - awake())
     endings = end_sessions(tuple(whose), stop, left, loop.at, broken=broken, over=over)
     for session in processes:
         session.wind_up()
-    done, patience = threading.Event(), time.monotonic() + TELL
+    done, patience = threading.Event(), awake() + TELL
     _after_words(loop, done.set)
-    while not done.wait(0.02) and not loop.closed and time.monotonic() < patience:
+    while not done.wait(0.02) and not loop.closed and awake() < patience:
         pass
     return {session: endings[process] for session, process in processes.items()}
 

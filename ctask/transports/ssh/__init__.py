@@ -19,7 +19,7 @@ from ctask.transports.ssh import _paramiko, hostkeys, keys, wire  # noqa: F401 (
 from ctask.transports.ssh.connection import SshConnection, connect
 from ctask.transports.ssh.pool import ConnectionPool, Statistics
 
-__all__ = ["SshTransport", "Statistics", "transport"]
+__all__ = ["SshTransport", "Statistics", "settle", "transport"]
 
 
 class SshTransport:
@@ -99,6 +99,15 @@ def transport() -> SshTransport:
         if _transport is None:
             _transport = SshTransport()
         return _transport
+
+
+def settle(call: Callable[[], None]) -> None:
+    """Make a call once what had come by now from nodes was read; at once where there is nothing to read."""
+    made = _transport
+    if made is None:
+        call()
+    else:
+        made.pool.settle(call)
 
 
 def _forked() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ctask.standstill import awake
 from ctask.transports.ssh.mapping import Silence
 
 __all__ = ["ANSWER", "SILENCES", "STALE", "Doubt", "Pulse"]
@@ -110,11 +111,13 @@ class Doubt:
         with self._lock:
             first = not self._until
             if first:
-                self._until = time.monotonic() + ANSWER
+                self._until = awake() + ANSWER
                 self._received = self._link.wire.received
         if first:
             self._link.ask(self._answered.set)
-        answered = self._answered.wait(max(0.0, self._until - time.monotonic()))
+        answered = False
+        while not answered and (left := self._until - awake()) > 0:  # again where this process stood still
+            answered = self._answered.wait(left)
         if self._link.dead:
             return False
         if answered or self._link.wire.received != self._received:

@@ -26,6 +26,7 @@ from ctask.errors import NodeError
 from ctask.errors.text import printable
 from ctask.options import Command, Stop
 from ctask.result import Ending, RemoteProcess
+from ctask.standstill import awake
 from ctask.transports.base import STDOUT, Session
 from ctask.transports.ssh.channel import SshSession
 from ctask.transports.watcher import watcher
@@ -84,7 +85,7 @@ def end(
     A process that has left its session (`setsid`) is not ended. What sudo, su and runuser run in a session of its own
     is a part of the command, for they wait for it.
     """
-    return _Ender(connection, sessions, stop, time.monotonic() + within, told).run()
+    return _Ender(connection, sessions, stop, awake() + within, told).run()
 
 
 class _Ender:
@@ -135,7 +136,7 @@ class _Ender:
             self._look()
         while self._draining:
             self._changed.clear()
-            now = time.monotonic()
+            now = awake()
             self._changed.wait(self._drain(now) - now)
         self._close()
         return {session: self._answers[session] for session in self._sessions}
@@ -175,7 +176,7 @@ class _Ender:
         self._answers[session] = ending
         if ending.state == "gone":
             # What the command said at last comes by another channel than the word that it is gone.
-            self._draining[session] = min(time.monotonic() + _LAST_OUTPUT, self._deadline)
+            self._draining[session] = min(awake() + _LAST_OUTPUT, self._deadline)
 
     def _drain(self, now: float) -> float:
         """Tell of those that are gone and have said all; return when the next one's time is up."""
@@ -208,7 +209,7 @@ class _Ender:
             if not self._open:
                 return True
             script = _Script(self._connection, self._open, self._stop)
-            if not script.ask(min(time.monotonic() + _TURN, self._deadline)):
+            if not script.ask(min(awake() + _TURN, self._deadline)):
                 return False
             answered = self._follow(script)
             if answered is not None:
@@ -246,7 +247,7 @@ class _Ender:
 
     def _first_word(self, script: _Script) -> bytes | None:
         """Return `ending`, `recount`, or nothing of use; None: it did not come, or nobody is left to hear it."""
-        until = min(time.monotonic() + FIRST_WORD, self._deadline)
+        until = min(awake() + FIRST_WORD, self._deadline)
         recount = signalled = False
         while self._open:
             try:
@@ -278,7 +279,7 @@ class _Ender:
             queue.Empty: nothing came by then.
         """
         while True:
-            now = time.monotonic()
+            now = awake()
             due = self._drain(now) if self._draining else until
             try:
                 return words.next(min(due, until))
@@ -308,7 +309,7 @@ class _Ender:
                 break
             # A server that allows one session may take a moment until it has forgotten the one that was closed.
             self._changed.clear()
-            self._changed.wait(min(_CLOSED / _LOOKS, max(0.0, self._deadline - time.monotonic())))
+            self._changed.wait(min(_CLOSED / _LOOKS, max(0.0, self._deadline - awake())))
         for session in self._doubtful:
             self._answer(session, Ending("gone" if clean else "unknown"))
 
@@ -329,12 +330,12 @@ class _Ender:
         """Ask the server to signal the commands' process groups; only it knows them then."""
         self._sort()
         self._signal(b"TERM")
-        due = time.monotonic() + min(self._stop.grace, _LONGEST_GRACE)
+        due = awake() + min(self._stop.grace, _LONGEST_GRACE)
         killed = False
         exits: dict[SshSession, float] = {}
         while True:
             self._changed.clear()
-            now = time.monotonic()
+            now = awake()
             self._judge(exits, now)
             drained = self._drain(now)
             if not self._open or now >= self._deadline:
@@ -371,7 +372,7 @@ class _Ender:
                 session.ask_close()
 
         try:
-            watcher().at(due, kill)
+            watcher().at(time.monotonic() + due - awake(), kill)
         except (RuntimeError, OSError):  # no thread or descriptor for a watcher
             self._later = []
 
@@ -427,7 +428,7 @@ class _Words:
         Raises:
             queue.Empty: none came by then.
         """
-        return self._lines.get(timeout=max(0.0, until - time.monotonic()))
+        return self._lines.get(timeout=max(0.0, until - awake()))
 
     def phase(self, name: str) -> None:
         """Nothing: the first word tells that it runs."""
@@ -497,7 +498,7 @@ class _Script(SshSession):
         """Ask for the channel; False: too many scripts run until then, or the connection is gone."""
         over = self._connection.script_over
         with over:
-            if not over.wait_for(lambda: self._connection.scripts < SCRIPTS, max(0.0, until - time.monotonic())):
+            if not over.wait_for(lambda: self._connection.scripts < SCRIPTS, max(0.0, until - awake())):
                 return False
             self._connection.scripts += 1
             self._started = True

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 from ctask.buffers.spill import files
 from ctask.options import Target
+from ctask.standstill import LATE
 from ctask.transports.ssh import alive
 from ctask.transports.ssh.connection import SshConnection
 from ctask.transports.ssh.reader import Readable, Reader
+from ctask.transports.ssh.settling import Settling
 from ctask.transports.ssh.transport import Link
 from ctask.transports.watcher import watcher
 
@@ -231,6 +233,20 @@ class ConnectionPool:
                 self._reader = Reader()
             self._reader.add(fd, link)
 
+    def settle(self, call: Callable[[], None]) -> None:
+        """Make a call once the reader has taken all that had come by now. Any thread; never waits."""
+        try:
+            settling = Settling(call)
+        except OSError:  # no descriptor: there is no better answer
+            call()
+            return
+        with self._lock:
+            reader = self._reader
+            if reader is not None:
+                reader.add(settling.fd, settling)
+        if reader is None:
+            settling.abandon()
+
     def born(self, link: Link) -> None:
         """Note a connection that begins."""
         with self._lock:
@@ -345,8 +361,15 @@ class ConnectionPool:
             if found is not None:
                 self._look(found)
 
+        def look_first() -> None:
+            # Noticed late: a sign of life may lie in the socket.
+            if time.monotonic() - when > LATE:
+                self.settle(lambda: watcher().call(look))
+            else:
+                look()
+
         try:
-            connection.alarm = watcher().at(when, look)
+            connection.alarm = watcher().at(when, look_first)
         except (RuntimeError, OSError):  # no thread or descriptor for a watcher: nothing is kept then
             self.retire(connection)
 

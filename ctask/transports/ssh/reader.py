@@ -125,6 +125,11 @@ class Reader:
         except (OSError, ValueError):
             pass  # it is not registered any more: its end is on its way
 
+    def ready(self) -> set[int]:
+        """Return the descriptors that have something to read. The reader's thread."""
+        seen = self._epoll.poll(0, len(self._links) + 2)
+        return {fd for fd, events in seen if fd != self._wake and events & ~select.EPOLLOUT}
+
     def remove(self, fd: int) -> None:
         """Look no more, since the descriptor is about to be closed. The reader's thread."""
         self._links.pop(fd, None)

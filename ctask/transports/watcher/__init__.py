@@ -5,6 +5,6 @@
 """
 
 from ctask.transports.watcher.dial import Dial, Listener
-from ctask.transports.watcher.loop import Timer, Watcher, close_watcher, watcher
+from ctask.transports.watcher.loop import Timer, Watcher, close_watcher, settle, watcher
 
-__all__ = ["Dial", "Listener", "Timer", "Watcher", "close_watcher", "watcher"]
+__all__ = ["Dial", "Listener", "Timer", "Watcher", "close_watcher", "settle", "watcher"]

@@ -17,18 +17,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from ctask import children
 from ctask.transports.watcher.dial import Dial, Listener
 from ctask.transports.watcher.resolver import Resolver
 
-__all__ = ["Timer", "Watcher", "close_watcher", "watcher"]
+__all__ = ["Timer", "Watcher", "close_watcher", "settle", "watcher"]
 
 log = logging.getLogger("ctask.watcher")
 
 #: Seconds that queued calls may take before descriptors are looked at again: a burst of processes to start must
 #: not make servers look silent.
 SLICE = 0.005
+#: Rounds after which what has come counts as served, though some descriptor still has more.
+ROUNDS = 32
 #: Seconds that the thread sleeps at most; epoll takes milliseconds in an int.
 LONGEST = 3600.0
 
@@ -98,6 +101,20 @@ class Watcher:
     def later(self, fn: Callable[[], None]) -> None:
         """Run `fn` once the descriptors that are ready now have been served. The watcher's thread only."""
         self._later.append(fn)
+
+    def settle(self, fn: Callable[[], None]) -> None:
+        """Run `fn` once all that had come by now has been served; not later than after a few rounds. Any thread.
+
+        A descriptor is served once per round, and may have more than that: so it is looked at until none is ready.
+        """
+        self.call(partial(self._settle, fn, ROUNDS))
+
+    def _settle(self, fn: Callable[[], None], rounds: int) -> None:
+        if rounds and any(fd != self._wake for fd, _ in self._epoll.poll(0, len(self._watches) + 2)):
+            # After the next round: what is called `later` from here runs at its end.
+            self._calls.append(partial(self.later, partial(self._settle, fn, rounds - 1)))
+        else:
+            fn()
 
     def at(self, when: float, fn: Callable[[], None]) -> Timer:
         """Run `fn` at `when` (`time.monotonic()`), never earlier. Any thread."""
@@ -293,6 +310,16 @@ def watcher() -> Watcher:
             children.hold_standard_descriptors()
             _process.watcher = Watcher()
         return _process.watcher
+
+
+def settle(call: Callable[[], None]) -> None:
+    """Make a call once the process's watcher has served all that had come by now; at once where there is none."""
+    with _process.lock:
+        current = _process.watcher
+    if current is None or current.closed:
+        call()
+    else:
+        current.settle(call)
 
 
 def close_watcher() -> None:
