@@ -130,7 +130,7 @@ class Job:
         making.catch_up()
         self._making = making
         self.timeline.enter(making.where, now)
-        if making.stage is not Stage.SPOKE:  # else it waits for a slot
+        if making.stage is not Stage.SPOKE and not making.held_back:  # else it waits for a slot, or for its turn
             self.clock.run(now)
 
     def start(self, connection: Connection, now: float) -> None:

@@ -43,6 +43,8 @@ class ConnectionMaking(Making["Job"]):
         self._begun = False
         # Whether the descriptor that the plan reserved for the dial is still ours to give back.
         self._reserved = True
+        #: it waits for its turn at an address that answers others: that is not the jobs' time to connect
+        self.held_back = False
         #: where it is, in the words of `ctask.states.PHASES`; `queued` while it waits for its slot
         self.where = "queued"
         # Phases that other threads have come to, with their times. They are not posts: a cold connection would make
@@ -53,7 +55,8 @@ class ConnectionMaking(Making["Job"]):
 
     def dial(self) -> None:
         """Begin to connect."""
-        self._dial = watcher().dial(self.target.address, self.target.port, self)
+        hello = getattr(self._transport, "hello", b"")
+        self._dial = watcher().dial(self.target.address, self.target.port, self, hello)
 
     def shake(self, now: float) -> None:
         """There is a slot: shake hands."""
@@ -124,6 +127,10 @@ class ConnectionMaking(Making["Job"]):
         """The server went away while it waited for its slot."""
         self._run.post(self, self._hung_up)
 
+    def held(self, waits: bool) -> None:
+        """The dial waits for its turn, or does no longer."""
+        self._run.post(self, self._held, waits)
+
     # -- the pool's ------------------------------------------------------------------------------------------
 
     def _connect(self, sock: socket.socket) -> None:
@@ -175,6 +182,17 @@ class ConnectionMaking(Making["Job"]):
         for job in self.jobs:
             job.clock.pause(now)
         self._run.plan.spoke(self)
+
+    def _held(self, waits: bool) -> None:
+        if self.stage is not Stage.DIALING:
+            return
+        self.held_back = waits
+        now = self._run.dispatcher.clock()
+        for job in self.jobs:
+            if waits:
+                job.clock.pause(now)
+            else:
+                job.clock.run(now)
 
     def _hung_up(self) -> None:
         if self.stage not in (Stage.SPOKE, Stage.SHAKING):

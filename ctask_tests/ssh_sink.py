@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ctask.options import Command, Target
 from ctask.transports.base import STDERR, STDOUT
 from ctask.transports.ssh import SshTransport
+from ctask.transports.ssh.exchange import HELLO
 
 if TYPE_CHECKING:
     from ctask.errors import NodeError
@@ -134,8 +135,10 @@ def target_for(options: SshdOptions, address: str, **changes: object) -> Target:
 
 
 def dial(target: Target) -> socket.socket:
-    """A connected socket."""
-    return socket.create_connection((target.address, target.port), timeout=10)
+    """A connected socket, as a dial hands it over: our version line was sent."""
+    sock = socket.create_connection((target.address, target.port), timeout=10)
+    sock.sendall(HELLO)
+    return sock
 
 
 def open_connection(transport: SshTransport, target: Target) -> SshConnection:

@@ -69,6 +69,9 @@ class Heard:
     def hung_up(self) -> None:
         self._note("hung up")
 
+    def held(self, waits: bool) -> None:
+        self._note("held" if waits else "goes")
+
     def wait(self, word: str) -> None:
         wait_until(lambda: word in self.said, what=f"{word}; heard {self.said}")
 

@@ -131,6 +131,8 @@ class Transport(Protocol):
     #: `take` gives it a place, and all that is about dials (`connect`, `keep`, `reserve`, `unreserve`, `fresh=True`)
     #: never comes to pass
     dials: bool
+    #: what the watcher sends as soon as such a socket is connected, before `connect` gets it; may be left out
+    hello: bytes
 
     def check(self, target: Target) -> None:
         """Raise `OptionError` in the caller where the target can never work (an unreadable key file). Submit.
@@ -145,7 +147,7 @@ class Transport(Protocol):
         """Give a place back, with the outcome of the job that had it. Never waits. Dispatcher."""
 
     def connect(self, target: Target, sock: socket, on_phase: Callable[[str], None]) -> Connection:
-        """Make a connection over a socket that is connected: handshake, host key, login. Pool.
+        """Make a connection over a socket that is connected, and on which `hello` was sent: handshake, login. Pool.
 
         Blocks, without a deadline of its own: it ends when `sock` is shut (`shutdown(SHUT_RDWR)`) from
         elsewhere. `on_phase` hears `kex`, `hostkey` and `auth` from this thread. The socket is closed where it

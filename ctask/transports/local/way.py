@@ -38,6 +38,7 @@ class LocalTransport:
 
     dials = False
     by_files = True
+    hello = b""
 
     def __init__(self) -> None:
         self._connection = LocalConnection()

@@ -17,6 +17,7 @@ from ctask.options import Target
 from ctask.transports.base import Connection
 from ctask.transports.ssh import _paramiko, hostkeys, keys, wire  # noqa: F401 (the first refuses a wrong paramiko)
 from ctask.transports.ssh.connection import SshConnection, connect
+from ctask.transports.ssh.exchange import HELLO
 from ctask.transports.ssh.pool import ConnectionPool, Statistics
 
 __all__ = ["SshTransport", "Statistics", "settle", "transport"]
@@ -27,6 +28,7 @@ class SshTransport:
 
     dials = True
     by_files = True
+    hello = HELLO
 
     def __init__(self) -> None:
         self.pool = ConnectionPool()

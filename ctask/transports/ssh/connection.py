@@ -108,7 +108,7 @@ class SshConnection:
 def connect(
     pool: ConnectionPool, target: Target, sock: socket.socket, on_phase: Callable[[str], None]
 ) -> SshConnection:
-    """Make a connection over a socket that is connected; see `base.Transport.connect`."""
+    """Make a connection over a socket on which our version line was sent; see `base.Transport.connect`."""
     making = _Making(pool, target, sock)
     try:
         return making.run(on_phase)

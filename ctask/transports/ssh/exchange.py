@@ -40,9 +40,13 @@ from ctask.transports.ssh.mapping import HostKeyChanged, NoCommonAlgorithm, TooM
 from ctask.transports.ssh.packets import Packet, WirePacketizer, differences
 from ctask.transports.ssh.wire import Wire
 
-__all__ = ["ALLOWED", "Exchange", "Login"]
+__all__ = ["ALLOWED", "HELLO", "Exchange", "Login"]
 
 _logger = logging.getLogger("ctask.ssh")
+
+#: The client's version line. The dial sends it as soon as the connection stands: some servers, and what stands before
+#: some, wait for it; and where the queue of a server is full the kernel forgets a client that says nothing.
+HELLO = f"SSH-2.0-paramiko_{paramiko.__version__}\r\n".encode()
 
 #: RFC 4250 4.1.2: their meaning depends on the method of key exchange.
 _OF_KEY_EXCHANGE = range(30, 50)
@@ -139,6 +143,7 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         self.farewell = (0, "")
         self.forced_command = False
         self._debugs = self._objections = self._early_keys = 0
+        self.local_version = HELLO.decode().rstrip()
         self.remote_version = version  # read and judged already: a server that says nothing costs nothing of this
         self.packetizer.set_log(None)
         self._preferred_keys = key_types
@@ -160,7 +165,7 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         return self._preferred_keys
 
     def _greet(self) -> None:
-        self.packetizer.write_all(f"{self.local_version}\r\n".encode())
+        # Our version line is sent already: see HELLO.
         self._send_kex_init()
         self._expect_packet(MSG_KEXINIT)
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dial: from a name to a socket on which a server has spoken.
 
+What our side says first is sent as soon as the connection stands. Some servers, and what stands before some, wait for
+it; and where the queue of a slow server is full, the kernel forgets a client that says nothing.
+
 Everything but `take`, `drop` and `where` runs in the watcher's thread; the dispatcher calls those. One small lock
 per dial guards the stage and the socket; what is done under it never waits, and no listener is called under it.
 """
@@ -12,6 +15,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from ctask.errors import (
     ResolveError,
 )
 from ctask.options import Target
+from ctask.transports.watcher.pace import Pace, place_of
 from ctask.transports.watcher.resolver import Address, Found, Lookup, Resolver
 
 __all__ = ["PROMPT", "Dial", "Listener"]
@@ -40,12 +45,15 @@ PROMPT = 0.5
 _HUNG = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 #: What a connect says that was done, and undone by the server before we looked.
 _RESET = (errno.ECONNRESET, errno.EPIPE)
+#: of `struct tcp_info`: the state, its first byte; the third is how often the kernel has repeated itself
+_SYN_SENT = 2
 _DROPPED = "connection dropped by the server"
 
 
 class _Stage(enum.Enum):
     WAITING = enum.auto()
     RESOLVE = enum.auto()
+    HELD = enum.auto()
     TCP = enum.auto()
     BANNER = enum.auto()
     SPOKE = enum.auto()
@@ -66,6 +74,9 @@ class Listener(Protocol):
 
     def hung_up(self) -> None:
         """The server had spoken, and did not wait for us; the last call."""
+
+    def held(self, waits: bool) -> None:
+        """Whether it waits for its turn at a place that answers others: that is none of its time to connect."""
 
 
 class Loop(Protocol):
@@ -88,10 +99,14 @@ class Dial:
         *,
         loop: Loop,
         resolver: Resolver,
+        pace: Pace,
+        hello: bytes,
         over: Callable[[Dial], None],
     ) -> None:
         self._loop = loop
         self._resolver = resolver
+        self._pace = pace
+        self._hello = hello
         self._address = address
         self._port = port
         self._listener = listener
@@ -104,6 +119,8 @@ class Dial:
         self._trying = address
         # The watcher's thread only.
         self._left: list[Address] = []
+        self._now: Address | None = None
+        self._held = False
         self._error: NodeError | None = None
         self._spoken = 0.0
 
@@ -136,11 +153,14 @@ class Dial:
         with self._lock:
             if self._stage == _Stage.OVER:
                 return
+            paced = self._stage in (_Stage.HELD, _Stage.TCP, _Stage.BANNER)
             self._stage = _Stage.OVER
             self._shut()
             lookup, self._lookup = self._lookup, None
         if lookup is not None:
             self._resolver.cancel(lookup, self._found)
+        if paced:
+            self._loop.call(partial(self._pace.left, self))
         self._report_over(self)
 
     def abandon(self) -> None:
@@ -193,20 +213,63 @@ class Dial:
     def _next(self) -> None:
         """Begin to connect to the next address; fail after the last one, with the most telling error."""
         while self._left:
-            family, address = self._left.pop(0)
+            self._now = self._left.pop(0)
+            place, here = place_of(str(self._now[1][0]), self._port)
             with self._lock:
                 if self._stage != _Stage.TCP:
                     return
-                self._trying = str(address[0])
-                try:
-                    self._sock = _connecting(family, (address[0], self._port, *address[2:]))
-                    self._loop.watch(self._sock.fileno(), select.EPOLLOUT, self._event)
-                    return
-                except OSError as error:
-                    self._shut()
-                    failure = error.errno or 0
-            self._note(failure)
+                self._trying = str(self._now[1][0])
+                self._stage = _Stage.HELD
+            if not self._pace.ask(place, self, here=here) or self._begun():
+                return
         self._fail(self._error or ResolveError(phase="resolve"))
+
+    def _begun(self) -> bool:
+        """Connect to the address whose turn it is; False: that failed at once."""
+        assert self._now is not None
+        family, address = self._now
+        with self._lock:
+            if self._stage != _Stage.HELD:
+                return True
+            self._stage = _Stage.TCP
+            try:
+                self._sock = _connecting(family, (address[0], self._port, *address[2:]))
+                self._loop.watch(self._sock.fileno(), select.EPOLLOUT, self._event)
+                return True
+            except OSError as error:
+                self._shut()
+                failure = error.errno or 0
+        self._pace.left(self)
+        self._note(failure)
+        return False
+
+    # -- the pace of its place -------------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """See `Paced`."""
+        if not self._begun():
+            self._next()
+
+    def dropped(self) -> bool:
+        """See `Paced`."""
+        with self._lock:
+            return self._stage in (_Stage.TCP, _Stage.BANNER) and self._sock is not None and _dropped(self._sock)
+
+    def take_back(self) -> None:
+        """See `Paced`."""
+        with self._lock:
+            if self._stage not in (_Stage.TCP, _Stage.BANNER) or self._sock is None:
+                return
+            self._stage = _Stage.HELD
+            # With a reset: what is left of it in the other kernel is not to become a connection that nobody has.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._shut()
+
+    def stands(self, waits: bool) -> None:
+        """See `Paced`."""
+        if waits != self._held:
+            self._held = waits
+            self._listener.held(waits)
 
     def _note(self, failure: int) -> None:
         error = _unconnected(failure, self._trying, self._port)
@@ -229,6 +292,8 @@ class Dial:
             failure = _outcome(self._sock, events)
             if failure is None:
                 return
+            if failure == 0 and not self._greeted(self._sock):
+                failure = errno.ECONNRESET
             if failure == 0:
                 self._stage = _Stage.BANNER
                 self._loop.modify(self._sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
@@ -237,13 +302,22 @@ class Dial:
             else:
                 self._shut()
         if failure == 0:
+            self._pace.connected(self)
             self._listener.phase("banner")
         elif failure in _RESET:
             self._listener.phase("banner")
             self._fail(BannerError(_DROPPED, phase="banner", curable=Curable.BUSY))
         else:
+            self._pace.left(self)
             self._note(failure)
             self._next()
+
+    def _greeted(self, sock: socket.socket) -> bool:
+        # It is short, and nothing was sent before: the kernel has room for it.
+        try:
+            return sock.send(self._hello, socket.MSG_NOSIGNAL) == len(self._hello)
+        except OSError:
+            return False
 
     def _heard(self, events: int) -> None:
         with self._lock:
@@ -263,6 +337,7 @@ class Dial:
                 else:
                     self._loop.modify(self._sock.fileno(), select.EPOLLRDHUP)
         if first:
+            self._pace.answered(self)
             self._listener.spoke()
         else:
             self._fail(BannerError(_DROPPED, phase="banner", curable=Curable.BUSY))
@@ -287,6 +362,7 @@ class Dial:
                 return
             self._stage = _Stage.OVER
             self._shut()
+        self._pace.left(self)
         self._report_over(self)
         self._listener.failed(error)
 
@@ -341,6 +417,16 @@ def _outcome(sock: socket.socket, events: int) -> int | None:
         return errno.ECONNREFUSED if sock.getpeername() == sock.getsockname() else 0
     except OSError:
         return errno.ECONNRESET if events & (select.EPOLLHUP | select.EPOLLERR) else None
+
+
+def _dropped(sock: socket.socket) -> bool:
+    """Whether the other side's kernel has not answered: not the connect, or not what was sent on it.
+
+    The client's kernel takes a connection for made that the server's has dropped for want of room, and repeats what was
+    sent on it. What is made, but not noticed yet, counts as made.
+    """
+    state, _, repeats = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[:3]
+    return state == _SYN_SENT or repeats > 0
 
 
 def _hangs(sock: socket.socket) -> bool:

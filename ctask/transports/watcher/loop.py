@@ -21,6 +21,7 @@ from functools import partial
 
 from ctask import children
 from ctask.transports.watcher.dial import Dial, Listener
+from ctask.transports.watcher.pace import Pace
 from ctask.transports.watcher.resolver import Resolver
 
 __all__ = ["Timer", "Watcher", "close_watcher", "settle", "watcher"]
@@ -86,6 +87,7 @@ class Watcher:
             self.closed = False
             self._dials: set[Dial] = set()
             self._resolver = Resolver(self.at)
+            self._pace = Pace(self.at)
             self._thread = threading.Thread(target=self._run, name="ctask/watcher", daemon=True)
             self._thread.start()
         except BaseException:
@@ -167,9 +169,15 @@ class Watcher:
             if self._watches.pop(fd, None) is not None and not self.closed:
                 self._epoll.unregister(fd)
 
-    def dial(self, address: str, port: int, listener: Listener) -> Dial:
-        """Begin to connect; `listener` hears of it, perhaps before this has returned. Any thread."""
-        dial = Dial(address, port, listener, loop=self, resolver=self._resolver, over=self._over)
+    def dial(self, address: str, port: int, listener: Listener, hello: bytes = b"") -> Dial:
+        """Begin to connect; `listener` hears of it, perhaps before this has returned. Any thread.
+
+        Args:
+            hello: what is sent as soon as the connection stands; a few dozen bytes.
+        """
+        dial = Dial(
+            address, port, listener, loop=self, resolver=self._resolver, pace=self._pace, hello=hello, over=self._over
+        )
         with self._lock:
             self._dials.add(dial)
         self.call(dial.begin)
