@@ -14,7 +14,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn
 
@@ -30,6 +29,7 @@ from ctask.making import ConnectionMaking
 from ctask.plan import Dial, Join, Plan, Shake, Stage, Start
 from ctask.runtime import Jobs, Runtime
 from ctask.states import Outcome
+from ctask.threads import NO_THREAD, NoThread, Pool
 from ctask.transports import settle, transport
 from ctask.transports.base import Connection, Transport
 
@@ -41,8 +41,13 @@ log = logging.getLogger("ctask.engine")
 CLOSED = "this task is closed: its thread has ended, or the interpreter ends"
 #: Seconds between two looks for what no thread could be had for, at the exit.
 _LOOK_AGAIN = 0.02
+#: Seconds that the dispatcher which ends by an error waits for what is being ended on nodes.
+_ENDINGS_FOR = 5.0
 #: Threads that a task's pool may have; they are started on demand, and the plan bounds what it is handed.
 POOL_THREADS = 1024
+#: Where there is no thread: seconds until one is tried again, and those that work waits for one at all; a handshake,
+#: which holds nothing meanwhile and has not begun, the last number.
+_NO_THREAD, _NO_THREAD_FOR, _NO_SHAKE_FOR = 0.05, 0.5, 3.0
 #: Seconds until a transport that said there was room, and had none, is asked again: twice as long each time, from the
 #: first to the second. One that always says so costs some wake-ups, and not a core.
 _ASK_AGAIN, _ASK_AT_LEAST = 0.01, 0.1
@@ -63,11 +68,12 @@ class Engine:
     def __init__(self, name: str, fanout: int, queue_limit: int) -> None:
         check_interpreter()
         self._name = name
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
+        self._pool = Pool(f"{name}/job", POOL_THREADS, self._thread_is_free)
+        # Since when there has been no thread for what waits, and for handshakes; the dispatcher's.
+        self._idle_since: float | None = None
+        self._unshaken_since: float | None = None
         self._closing = False
         self._stranded: queue.SimpleQueue[Batch] = queue.SimpleQueue()
-        self._over = False
         # Transports that will say when they have room, and the pauses of those that said so and had none.
         self._short_of: dict[int, Transport] = {}
         self._pauses: dict[int, float] = {}
@@ -145,6 +151,7 @@ class Engine:
         while (left := until - time.monotonic()) > 0 and not self.dispatcher.join(min(left, _LOOK_AGAIN)):
             with contextlib.suppress(queue.Empty):
                 self._stranded.get_nowait().end()
+        self._pool.join(max(0.0, until - time.monotonic()) if self.dispatcher.join(0) else 0.0)
         return self.dispatcher.join(0)
 
     # -- dispatcher ----------------------------------------------------------------------------------------------
@@ -172,6 +179,7 @@ class Engine:
 
     def _step(self, now: float) -> None:
         carry_out = self.dispatcher.carry_out
+        unshaken: list[ConnectionMaking] = []
         for action in self.plan.step(now, self._take, self._reserve):
             # An action that fails ends jobs, and with the last of them a making, of which there may be more behind it.
             match action:
@@ -183,8 +191,13 @@ class Engine:
                     carry_out(job, job.join, making, now)
                 case Dial(making) if making.stage is not Stage.OVER:
                     carry_out(making, making.dial)
+                case Shake(making) if making.stage is not Stage.OVER and (unshaken or not self._pool.ready()):
+                    unshaken.append(making)
                 case Shake(making) if making.stage is not Stage.OVER:
+                    self._unshaken_since = None
                     carry_out(making, making.shake, now)
+        if unshaken:
+            self._not_shaken(unshaken, now)
         self.run.endings.flush()
         if self._closing and not self.run.live:
             self._wind_up()
@@ -248,12 +261,10 @@ class Engine:
                 self.plan.fanout, most, files,
             )
 
-    def _wind_up(self, *, wait: bool = False) -> None:
-        with self._pool_lock:
-            self._over = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=wait)
+    def _wind_up(self, *, wait: float = 0.0) -> None:
+        self._pool.close()
+        if wait:
+            self._pool.join(wait)
         self.dispatcher.stop()
 
     # -- the dispatcher's end by an error ------------------------------------------------------------------------
@@ -271,7 +282,7 @@ class Engine:
         """Wake whoever waits. In the dispatcher's thread, its last act."""
         self.mailbox.fail(error)
         # Everybody is awake; what is being ended on the nodes has its time, as far as an exit gives it.
-        self._wind_up(wait=True)
+        self._wind_up(wait=_ENDINGS_FOR)
 
     def _returned(self, post: Post) -> None:
         """A post comes back that nobody carries out any more: whatever it was about has its end all the same."""
@@ -311,21 +322,53 @@ class Engine:
 
     def _work(self, call: Callable[..., None], *args: Any) -> None:
         """Have a thread of the pool do what may wait."""
-        failure: RuntimeError | None = None
-        with self._pool_lock:
-            if self._pool is None and not self._over:
-                self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=f"{self._name}/job")
-            if self._pool is None:
-                failure = RuntimeError("the task's threads have ended")
-            else:
-                try:
-                    self._pool.submit(_logged, call, args)
-                except RuntimeError as error:
-                    failure = error
-        if failure is not None:
-            self._unworked(call, failure)
+        try:
+            there = self._pool.submit(call, *args)
+        except RuntimeError as error:
+            self._unworked(call, error)
+            return
+        if not there:
+            self.dispatcher.post(None, self._no_thread)
 
-    def _unworked(self, call: Callable[..., None], error: RuntimeError) -> None:
+    def _thread_is_free(self) -> None:
+        """A thread of the pool has nothing to do, and there was none for a handshake."""
+        self.dispatcher.post(None, _step_again)
+
+    def _no_thread(self) -> None:
+        """There is not one thread for what waits: try again, for a while. Dispatcher."""
+        now = self.dispatcher.clock()
+        if self._pool.grow():
+            self._idle_since = None
+        elif self._closing:
+            self._strand()
+        elif self._idle_since is None or now - self._idle_since < _NO_THREAD_FOR:
+            self._idle_since = self._idle_since or now
+            self.dispatcher.at(now + _NO_THREAD, None, self._no_thread)
+        else:
+            self._idle_since = None
+            for call in self._pool.take_back():
+                self._unworked(call, NoThread(NO_THREAD))
+
+    def _strand(self) -> None:
+        for call in self._pool.take_back():
+            self._unworked(call, NoThread(NO_THREAD))
+
+    def _not_shaken(self, makings: Sequence[ConnectionMaking], now: float) -> None:
+        """There is no thread for these handshakes: they wait for one, and hold no slot meanwhile. Dispatcher."""
+        for making in reversed(makings):
+            self.plan.unshaken(making)
+        if self._pool.count:
+            return  # it says when it is free
+        if self._unshaken_since is None:
+            self._unshaken_since = now
+        if now - self._unshaken_since < _NO_SHAKE_FOR:
+            self.dispatcher.at(now + _NO_THREAD, None, _step_again)
+            return
+        self._unshaken_since = None
+        for making in makings:
+            self.dispatcher.carry_out(making, making.broken, NoThread(NO_THREAD))
+
+    def _unworked(self, call: Callable[..., object], error: RuntimeError) -> None:
         """No thread can be started, or the interpreter ends: whoever waits for this is told."""
         log.debug("%s: not begun: %r", self._name, call, exc_info=error)
         subject = getattr(call, "__self__", None)
@@ -335,12 +378,8 @@ class Engine:
             self.dispatcher.post(subject, subject.broken, error)
 
 
-def _logged(call: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Carry out a work item; what it raises would be kept in a future that nobody looks at."""
-    try:
-        call(*args)
-    except Exception:
-        log.exception("a work item failed: %r", call)
+def _step_again() -> None:
+    """Nothing: after each post the plan is asked what is to be done."""
 
 
 def _raise(error: BaseException) -> NoReturn:

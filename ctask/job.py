@@ -25,6 +25,7 @@ from ctask.plan import Stage
 from ctask.result import Ending, NodeResult
 from ctask.runtime import Runtime, Submission
 from ctask.states import Outcome, Timeline
+from ctask.threads import NO_THREAD, NoThread
 from ctask.transports.base import Connection, Session
 from ctask.tries import TriesSoFar
 
@@ -412,7 +413,10 @@ class Job:
                     self.run.work(self._session.close)
             except Exception:  # of a transport of the program's: the job has its end all the same
                 log.exception("%r: its session could not be dropped", self)
-            failure = errors.LocalResource(f"ctask failed: {told(error)}", curable=Curable.NEVER)
+            text, curable = f"ctask failed: {told(error)}", Curable.NEVER
+            if isinstance(error, NoThread):  # nothing was begun
+                text, curable = NO_THREAD, Curable.BUSY
+            failure = errors.LocalResource(text, curable=curable)
             failure.__cause__ = error
             self._fail(failure)
         elif self in self.run.live:

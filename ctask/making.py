@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ctask.errors import ConnectError, LocalResource, NodeError
+from ctask.errors import ConnectError, Curable, LocalResource, NodeError
 from ctask.errors.text import told
 from ctask.options import Target
 from ctask.plan import Making, Stage
 from ctask.runtime import Runtime
+from ctask.threads import NO_THREAD, NoThread
 from ctask.transports.base import Connection, Transport
 from ctask.transports.watcher import Dial, watcher
 
@@ -56,7 +57,15 @@ class ConnectionMaking(Making["Job"]):
     def dial(self) -> None:
         """Begin to connect."""
         hello = getattr(self._transport, "hello", b"")
-        self._dial = watcher().dial(self.target.address, self.target.port, self, hello)
+        try:
+            # What is made once for the process comes first, before threads of the pool and of the resolver.
+            getattr(self._transport, "prepare", _nothing)()
+            self._dial = watcher().dial(self.target.address, self.target.port, self, hello)
+        except NoThread as error:
+            self.broken(error)
+        except OSError as error:
+            text = f"no descriptor left to begin with: {error.strerror}"
+            self._failed(LocalResource(text, phase=self.where, curable=Curable.BUSY))
 
     def shake(self, now: float) -> None:
         """There is a slot: shake hands."""
@@ -107,7 +116,10 @@ class ConnectionMaking(Making["Job"]):
             self._break(self._sock)
             if not self._begun:
                 self._sock.close()  # no thread has come to it, or ever will
-        self._failed(LocalResource(f"ctask failed: {told(error)}", phase=self.where))
+        if isinstance(error, NoThread):
+            self._failed(LocalResource(NO_THREAD, phase=self.where, curable=Curable.BUSY))
+        else:
+            self._failed(LocalResource(f"ctask failed: {told(error)}", phase=self.where))
 
     # -- the watcher's listener: called in the watcher's thread --------------------------------------------------
 
@@ -234,6 +246,10 @@ class ConnectionMaking(Making["Job"]):
             job.left_making(now, connection)
             job.fresh = False
         self._run.plan.made(self)
+
+
+def _nothing() -> None:
+    """Prepare a transport that needs nothing."""
 
 
 def _let_go(error: NodeError) -> None:

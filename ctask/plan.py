@@ -170,6 +170,13 @@ class Plan(Generic[J, M, C]):
         making.stage = Stage.SPOKE
         self._spoke.append(making)
 
+    def unshaken(self, making: M) -> None:
+        """There was no thread for the handshake: it waits for its slot again, before all others."""
+        if making.stage is Stage.SHAKING:
+            making.stage = Stage.SPOKE
+            self._shaking -= 1
+            self._spoke.appendleft(making)
+
     def hung_up(self, making: M) -> None:
         """The server went away while it waited for a slot: its jobs go back to the queue."""
         self.over(making)

@@ -239,9 +239,9 @@ def test_work_after_the_end_is_told_and_not_under_a_lock(caplog: pytest.LogCaptu
 
     class Look(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            free.append(engine._pool_lock.acquire(timeout=1))
+            free.append(engine._pool._changed.acquire(timeout=1))
             if free[-1]:
-                engine._pool_lock.release()
+                engine._pool._changed.release()
 
     log, look = logging.getLogger("ctask.engine"), Look()
     log.addHandler(look)

@@ -63,6 +63,7 @@ FLOORS = {
     "retry": 1,
     "command": 1,
     "standstill": 0,
+    "threads": 0,
     "failures": 2,
     "plan": 2,
     "gate": 1,

@@ -36,6 +36,7 @@ from ctask.display import account
 from ctask.result import Ending, RemoteProcess
 from ctask.testing import FakeTransport, close_everything
 from ctask.testing.fake import End, FakeSession
+from ctask.threads import NoThread
 from ctask_tests.child import Child
 from ctask_tests.fake_nodes import HANGS, nodes, says
 from ctask_tests.fix_hostile import Script
@@ -261,11 +262,11 @@ def test_an_ending_that_raises_is_an_unknown_end(task: Task, caplog: pytest.LogC
 
 def test_an_ending_for_which_there_is_no_thread_is_unknown(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
+        raise NoThread("can't start new thread")
 
     with FakeTransport(nodes(HANGS)) as fake:
         worker = hanging(task)
-        monkeypatch.setattr("ctask.engine.ThreadPoolExecutor.submit", refuse)
+        monkeypatch.setattr("ctask.threads.start", refuse)
         with takes(0):
             worker.abort()
             assert worker.wait(5)

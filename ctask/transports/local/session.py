@@ -15,12 +15,14 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 from ctask import children
-from ctask.errors import ConnectionLost, ExecRefused, LocalResource, NodeError
+from ctask.errors import ConnectionLost, Curable, ExecRefused, LocalResource, NodeError
 from ctask.options import Command, Stop
 from ctask.standstill import awake
+from ctask.threads import spare
 from ctask.transports.base import Sink
 from ctask.transports.local.processes import Ends, Process
 from ctask.transports.local.stdin import Input
@@ -39,6 +41,8 @@ REST = 1 << 20
 #: its start or after the end of its output.
 _LOOK = 0.05
 _LOOK_SOON = 0.002
+#: Where no process is to be had: how often a start is tried at once, and seconds between two tries.
+_STARTS, _AGAIN = 5, 0.05
 
 #: Those of this process that were begun and have not ended, or have a child that runs on. Each adds itself in the
 #: thread that begins it and takes itself out in the watcher's; both are single steps of the interpreter.
@@ -57,11 +61,15 @@ class _Stage(enum.Enum):
 class LocalSession:
     """One process, which leads a session of its own, and what is read from it.
 
+    Args:
+        crowded: told that no process was to be had for it.
+
     Everything without a word on threads is the watcher's.
     """
 
-    def __init__(self, command: Command, sink: Sink) -> None:
+    def __init__(self, command: Command, sink: Sink, crowded: Callable[[], None] = lambda: None) -> None:
         self._command = command
+        self._crowded = crowded
         self._sink = sink
         self._lock = threading.Lock()
         self._stage = _Stage.READY  # guarded by the lock
@@ -74,6 +82,7 @@ class LocalSession:
         self._pidfd: int | None = None
         self._timer: Timer | None = None
         self._delay = _LOOK_SOON
+        self._starts = 0
         self._taken = 0
         self._paused = False
         self._unflushed = False
@@ -101,7 +110,8 @@ class LocalSession:
         except (OSError, RuntimeError) as error:
             with self._lock:
                 self._stage = _Stage.REFUSED
-            failure = LocalResource(f"no thread or descriptor left to run it: {error}", phase="open")
+            text = f"no thread or descriptor left to run it: {error}"
+            failure = LocalResource(text, phase="open", curable=Curable.BUSY)
             failure.__cause__ = error
             self._end(failure)
             return True
@@ -184,15 +194,17 @@ class LocalSession:
             ends = Ends(self._command)
         except OSError as error:
             # Told in the phase before exec: it is certain that nothing ran.
-            self._refuse(LocalResource(f"no descriptors left for pipes: {_text(error)}", phase="open"), error)
+            text = f"no descriptors left for pipes: {_text(error)}"
+            self._refuse(LocalResource(text, phase="open", curable=Curable.BUSY), error)
             return
-        self._sink.phase("exec")
         try:
             pid = ends.spawn(self._command)
         except (OSError, ValueError, NotImplementedError) as error:
-            self._refuse(ExecRefused(self._why_not(error), phase="exec"), error)
+            self._not_started(error)
             return
         self._pidfd = ends.pidfd
+        # Said behind it: where only a process is lacking, nothing was begun, and the job may be tried again.
+        self._sink.phase("exec")
         with self._lock:
             self._process = Process(pid)
             self._stage = _Stage.STARTED
@@ -203,6 +215,23 @@ class LocalSession:
             self._sink.writable()
         self._await_exit()
         self._listen()
+
+    def _not_started(self, error: Exception) -> None:
+        if getattr(error, "errno", None) not in (errno.EAGAIN, errno.ENOMEM):
+            self._sink.phase("exec")
+            self._refuse(ExecRefused(self._why_not(error), phase="exec"), error)
+            return
+        # RLIMIT_NPROC, as a rule: others end. Threads of ours that are idle count like processes.
+        spare()
+        self._starts += 1
+        if self._starts < _STARTS:
+            with self._lock:
+                self._stage = _Stage.QUEUED
+            self.loop.at(time.monotonic() + _AGAIN, self._start)
+            return
+        self._crowded()
+        text = f"no process left to run it ({_text(error)}); lower the fan-out, or raise the limit (ulimit -u)"
+        self._refuse(LocalResource(text, phase="open", curable=Curable.BUSY), error)
 
     def _await_exit(self) -> None:
         try:

@@ -29,6 +29,8 @@ __all__ = ["LocalConnection", "LocalTransport", "transport"]
 #: Descriptors of a command that runs (three pipes, its pidfd), and those that are left to the program and to ctask.
 DESCRIPTORS = 4
 SPARE_DESCRIPTORS = 26
+#: Seconds for which no more commands run than ran when there was no process for one more.
+CROWDED = 5.0
 #: Seconds in which the watcher hands over the last words of commands that were ended.
 TELL = 0.5
 
@@ -41,10 +43,12 @@ class LocalTransport:
     hello = b""
 
     def __init__(self) -> None:
-        self._connection = LocalConnection()
+        self._connection = LocalConnection(self._crowded)
         self._lock = threading.Lock()
         # Under the lock.
         self._places = 0
+        # No process was to be had for more than so many, until this time.
+        self._most, self._most_until = 0, 0.0
         self._waiters: list[Callable[[], None]] = []
 
     def check(self, target: Target) -> None:
@@ -54,7 +58,7 @@ class LocalTransport:
         """Return the one connection, unless as many commands run as there are descriptors for. Never waits."""
         del target
         with self._lock:
-            if self._places >= _bound():
+            if not self._room():
                 return None
             self._places += 1
         return self._connection
@@ -66,6 +70,18 @@ class LocalTransport:
             waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter()
+
+    def _room(self) -> bool:
+        """Under the lock."""
+        if self._most_until and time.monotonic() >= self._most_until:
+            self._most_until = 0.0
+        return self._places < (min(_bound(), self._most) if self._most_until else _bound())
+
+    def _crowded(self) -> None:
+        """There was no process for one more: as many as run are the most for a while. The watcher."""
+        most = max(1, self.living())
+        with self._lock:
+            self._most, self._most_until = most, time.monotonic() + CROWDED
 
     def connect(self, target: Target, sock: socket, on_phase: Callable[[str], None]) -> NoReturn:
         """Never to be called: `take` always gives a connection."""
@@ -87,7 +103,7 @@ class LocalTransport:
     def when_room(self, call: Callable[[], None]) -> None:
         """Have `call` called once, when a place is free; now where one is."""
         with self._lock:
-            room = self._places < _bound()
+            room = self._room()
             if not room:
                 self._waiters.append(call)
         if room:
@@ -138,13 +154,14 @@ class LocalTransport:
 class LocalConnection:
     """Makes and ends the processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, crowded: Callable[[], None] = lambda: None) -> None:
+        self._crowded = crowded
         self.target = Target(transport="local")
         self._broken = threading.Event()
 
     def prepare(self, command: Command, sink: Sink) -> LocalSession:
         """Make a session for `command`; nothing runs yet. Any thread."""
-        return LocalSession(command, sink)
+        return LocalSession(command, sink, self._crowded)
 
     def wake(self) -> None:
         """End the waits of `end`: the interpreter exits."""

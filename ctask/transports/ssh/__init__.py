@@ -36,6 +36,10 @@ class SshTransport:
     def __repr__(self) -> str:
         return f"<SshTransport, {self.pool!r}>"
 
+    def prepare(self) -> None:
+        """Have the reader's thread before others are started. Raises as making a thread and descriptors does."""
+        self.pool.prepare()
+
     def check(self, target: Target) -> None:
         """Raise `OptionError` where a named key or known_hosts file can never do."""
         keys.check(target)

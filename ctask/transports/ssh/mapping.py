@@ -205,7 +205,7 @@ def local_resource(cause: BaseException, phase: str) -> LocalResource | None:
         return None
     what = "threads" if thread else "memory" if isinstance(cause, MemoryError) else "descriptors"
     text = f"this machine has no more {what}; lower the fan-out, or raise its limit (ulimit)"
-    return _because(LocalResource(text, phase=phase), cause)
+    return _because(LocalResource(text, phase=phase, curable=Curable.BUSY), cause)  # others give theirs back
 
 
 def is_hang_up_for_tries(code: int, said: str) -> bool:

@@ -226,6 +226,13 @@ class ConnectionPool:
 
     # --- the lives of connections
 
+    def prepare(self) -> None:
+        """Have the reader. Raises as making a thread and descriptors does."""
+        if self._reader is None:
+            with self._lock:
+                if self._reader is None:
+                    self._reader = Reader()
+
     def read(self, fd: int, link: Readable) -> None:
         """Have the reader look after a connection. Raises as making a thread and descriptors does."""
         with self._lock:

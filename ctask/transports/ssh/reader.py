@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
+
+from ctask.threads import start
 
 __all__ = ["Readable", "Reader"]
 
@@ -68,9 +69,8 @@ class Reader:
         self._paused: set[int] = set()
         self._calls: deque[Callable[[], None]] = deque()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="ctask/reader", daemon=True)
         try:
-            self._thread.start()
+            self._thread = start("ctask/reader", self._run)
         except BaseException:
             self.abandon()
             raise
@@ -126,9 +126,9 @@ class Reader:
             pass  # it is not registered any more: its end is on its way
 
     def ready(self) -> set[int]:
-        """Return the descriptors that have something to read. The reader's thread."""
+        """Return the descriptors of which there is something to take. The reader's thread."""
         seen = self._epoll.poll(0, len(self._links) + 2)
-        return {fd for fd, events in seen if fd != self._wake and events & ~select.EPOLLOUT}
+        return {fd for fd, events in seen if fd != self._wake and events & ~select.EPOLLOUT} | set(self._behind)
 
     def remove(self, fd: int) -> None:
         """Look no more, since the descriptor is about to be closed. The reader's thread."""

@@ -20,7 +20,7 @@ TURNS = 256
 
 
 class Settling:
-    """Looks like a connection to the reader: one that has something to read until every other one had nothing once.
+    """Looks like a connection to the reader: one that has more to take until every other one had nothing once.
 
     Args:
         call: made then, in the reader's thread; at the latest when the reader ends.
@@ -41,7 +41,7 @@ class Settling:
         self._reader = reader
 
     def readable(self) -> bool:
-        """Look who has more to read. The reader's thread."""
+        """Look who has more to take; True: look again in the next turn. The reader's thread."""
         if self._reader is None:
             return True
         ready = self._reader.ready() - {self.fd}
@@ -54,6 +54,9 @@ class Settling:
 
     def writable(self) -> None:
         """Nothing is written."""
+
+    def hung_up(self) -> None:
+        """It is never paused."""
 
     def abandon(self) -> None:
         """The reader ends: nothing will be read any more."""

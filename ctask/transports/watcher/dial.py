@@ -33,6 +33,7 @@ from ctask.errors import (
     ResolveError,
 )
 from ctask.options import Target
+from ctask.threads import NoThread
 from ctask.transports.watcher.pace import Pace, place_of
 from ctask.transports.watcher.resolver import Address, Found, Lookup, Resolver
 
@@ -181,11 +182,7 @@ class Dial:
             self._connect()
             return
         self._listener.phase("resolve")
-        try:
-            lookup = self._resolver.resolve(self._address, self._found)
-        except RuntimeError as error:
-            self._fail(_caused(LocalResource("no thread left to look a name up", phase="resolve"), error))
-            return
+        lookup = self._resolver.resolve(self._address, self._found)
         with self._lock:
             self._lookup = lookup
 
@@ -445,7 +442,9 @@ def _caused(error: NodeError, cause: BaseException) -> NodeError:
     return error
 
 
-def _unresolved(cause: OSError | UnicodeError) -> NodeError:
+def _unresolved(cause: OSError | UnicodeError | NoThread) -> NodeError:
+    if isinstance(cause, NoThread):
+        return _caused(LocalResource(str(cause), phase="resolve", curable=Curable.BUSY), cause)
     if isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
         return _caused(ResolveError(phase="resolve"), cause)
     if isinstance(cause, UnicodeError):
@@ -479,7 +478,7 @@ def _unconnected(failure: int, address: str, port: int) -> NodeError:
     if failure == errno.EADDRNOTAVAIL and ":" in address:
         failure = errno.ENETUNREACH  # what a machine without IPv6 says of an IPv6 address
     if failure in _SHORT:
-        return _caused(LocalResource(_SHORT[failure], phase="tcp"), cause)
+        return _caused(LocalResource(_SHORT[failure], phase="tcp", curable=Curable.BUSY), cause)
     where = _where(address, port)
     if failure in _NO_WAY:
         text, kind = _NO_WAY[failure]

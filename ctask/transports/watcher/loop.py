@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ctask import children
+from ctask.threads import start
 from ctask.transports.watcher.dial import Dial, Listener
 from ctask.transports.watcher.pace import Pace
 from ctask.transports.watcher.resolver import Resolver
@@ -88,8 +89,7 @@ class Watcher:
             self._dials: set[Dial] = set()
             self._resolver = Resolver(self.at)
             self._pace = Pace(self.at)
-            self._thread = threading.Thread(target=self._run, name="ctask/watcher", daemon=True)
-            self._thread.start()
+            self._thread = start("ctask/watcher", self._run)
         except BaseException:
             self._close_descriptors()
             raise

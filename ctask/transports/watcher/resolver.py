@@ -7,6 +7,7 @@ One condition guards everything; no lookup and no callback runs under it.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -14,12 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ctask.threads import NO_THREAD, NoThread, spares, start
+
 __all__ = ["Address", "Found", "Lookup", "Resolver"]
 
 #: A family and what `socket.connect` takes, with port 0.
 Address = tuple[int, tuple[Any, ...]]
 #: What a lookup gives: addresses in the order in which they are to be tried, or why there are none.
-Found = list[Address] | OSError | UnicodeError
+Found = list[Address] | OSError | UnicodeError | NoThread
 
 #: Threads that look up at the same time; those that hang do not count.
 THREADS = 8
@@ -29,6 +32,8 @@ STUCK = 1.0
 CEILING = 64
 #: Seconds that a thread waits for another name before it ends.
 IDLE = 5.0
+#: Seconds after which a thread is tried again where there is none, and those after which names are told so.
+AGAIN, PATIENCE = 0.05, 5.0
 
 
 class Lookup:
@@ -61,15 +66,14 @@ class Resolver:
         self._threads = 0
         self._started = 0
         self._idle = 0
+        self._leave = 0
+        self._short_since = 0.0
         self._checking = False
         self._closed = False
+        spares.add(self)
 
     def resolve(self, name: str, done: Callable[[Found], None]) -> Lookup:
-        """Have `done(found)` called from a resolver's thread; it must not wait.
-
-        Raises:
-            RuntimeError: not even one thread could be started.
-        """
+        """Have `done(found)` called from a resolver's thread, or another one's; it must not wait."""
         with self._changed:
             lookup = self._pending.get(name)
             if lookup is None:
@@ -78,12 +82,48 @@ class Resolver:
             lookup.asking.append(done)
             try:
                 self._serve()
-            except RuntimeError:
-                if not self._threads:
-                    self._queue.clear()
-                    self._pending.clear()
-                    raise
+            except NoThread:
+                self._wait_for_thread()
             return lookup
+
+    def _wait_for_thread(self) -> None:
+        """Try again soon, where no thread is there at all; one that is there takes the name. Under the condition."""
+        now = time.monotonic()
+        if self._threads:
+            return
+        self._short_since = self._short_since or now
+        self._at(now + AGAIN, self._try_again)
+
+    def _try_again(self) -> None:
+        lost: list[Callable[[Found], None]] = []
+        with self._changed:
+            if self._threads or not self._queue:
+                self._short_since = 0.0
+                return
+            try:
+                self._serve()
+                self._short_since = 0.0
+            except NoThread:
+                if time.monotonic() - self._short_since < PATIENCE:
+                    self._wait_for_thread()
+                else:
+                    self._short_since = 0.0
+                    for lookup in self._queue:
+                        self._pending.pop(lookup.name, None)
+                        lost += lookup.asking
+                    self._queue.clear()
+        for done in lost:
+            done(NoThread(NO_THREAD))
+
+    def let_go(self) -> None:
+        """End idle threads: another part of this process needs one. Any thread; never waits."""
+        # Not with the condition: it may be this resolver's own thread that could not be started.
+        if self._changed.acquire(blocking=False):
+            try:
+                self._leave = self._idle
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
 
     def cancel(self, lookup: Lookup, done: Callable[[Found], None]) -> None:
         """Forget the call of `done`; one that is under way may still come."""
@@ -107,8 +147,7 @@ class Resolver:
         stuck = sum(1 for lookup in self._busy if lookup.began is not None and now - lookup.began >= STUCK)
         if self._threads - stuck < THREADS and self._threads < CEILING:
             self._started += 1
-            name = f"ctask/resolver-{self._started}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+            start(f"ctask/resolver-{self._started}", self._run)
             self._threads += 1
         elif not self._checking:
             self._checking = True
@@ -119,8 +158,9 @@ class Resolver:
         with self._changed:
             self._checking = False
             # One thread for each waiting name, as far as there is room: `_serve` starts one at a time.
-            for _ in range(min(len(self._queue), THREADS)):
-                self._serve()
+            with contextlib.suppress(NoThread):  # one that is there takes the names
+                for _ in range(min(len(self._queue), THREADS)):
+                    self._serve()
 
     def _run(self) -> None:
         while (lookup := self._take()) is not None:
@@ -152,6 +192,9 @@ class Resolver:
         self._idle += 1
         notified = self._changed.wait(IDLE)
         self._idle -= 1
+        if self._leave:
+            self._leave -= 1
+            return bool(self._queue)
         return notified or bool(self._queue)
 
 
