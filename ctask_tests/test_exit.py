@@ -139,6 +139,7 @@ sys.exit(5)
 def test_b03_a_resolver_that_hangs_holds_neither_the_run_nor_the_exit() -> None:
     program = """
 import socket
+import ctask.transports.ssh  # loading it takes a second on a busy machine, and is no part of what is promised
 socket.getaddrinfo = lambda *_, **__: time.sleep(600)
 began = time.monotonic()
 try:
