@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ctask.standstill import TICK, Standstills, standstills
+from ctask.threads import begin
 
 __all__ = ["LATE", "Deadline", "Dispatcher", "Post", "Subject"]
 
@@ -177,8 +178,12 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread.
+
+        Raises:
+            NoThread: this process can have no more of them.
+        """
+        begin(self._thread)
 
     @property
     def ident(self) -> int | None:

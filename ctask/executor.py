@@ -20,6 +20,7 @@ from ctask.numeric import patience
 from ctask.result import NodeResult
 from ctask.submission import CommandLike, node_set
 from ctask.task import Task
+from ctask.threads import NoThread, start
 from ctask.worker import Worker
 
 __all__ = ["ClusterExecutor"]
@@ -151,7 +152,10 @@ class ClusterExecutor(concurrent.futures.Executor):
             self._finish()
         elif self._own:
             # The end of the last command is to end the task's threads, and somebody has to wait for it.
-            threading.Thread(target=self._finish, name="ctask/shutdown", daemon=True).start()
+            try:
+                start("ctask/shutdown", self._finish)
+            except NoThread:
+                self._finish()
 
     def _finish(self) -> None:
         """Wait for all that was started, then close the task where it is the executor's own."""

@@ -29,6 +29,7 @@ NAMES = (
     "ctask.ssh",
     "ctask.task",
     "ctask.testing",
+    "ctask.threads",
     "ctask.watcher",
     "ctask.worker",
 )

@@ -40,6 +40,7 @@ from ctask.ownthread import OwnThread
 from ctask.roster import Roster, all_closed
 from ctask.states import Outcome
 from ctask.submission import GIVEN_NOT, CommandLike, Stdin, Submitter, node_set, read_once
+from ctask.threads import begin as begin_thread
 from ctask.transports import in_use
 from ctask.worker import Worker
 
@@ -112,7 +113,7 @@ class Task(gather.Gathered):
         _tasks.add(self)
         weakref.finalize(self, _dropped, self._engine, self._own).atexit = False
         if self._own is not None:
-            self._own.thread.start()
+            begin_thread(self._own.thread)
 
     # -- options ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["NO_THREAD", "NoThread", "Pool", "Spare", "spare", "spares", "start"]
+__all__ = ["NO_THREAD", "NoThread", "Pool", "Spare", "begin", "spare", "spares", "start"]
 
 log = logging.getLogger("ctask.threads")
 
@@ -26,6 +26,8 @@ NO_THREAD = "this machine has no more threads; lower the fan-out, or raise its l
 IDLE = 20.0
 #: Seconds after a thread could not be had in which no other one is tried.
 PAUSE = 0.02
+#: Seconds that are waited for a thread that there has to be, one after the other.
+PAUSES = (0.01, 0.05, 0.2)
 
 
 class NoThread(RuntimeError):
@@ -56,6 +58,25 @@ def start(name: str, run: Callable[[], object]) -> threading.Thread:
         spare()
         raise NoThread(str(error)) from error
     return thread
+
+
+def begin(thread: threading.Thread) -> None:
+    """Start a thread that there has to be, waiting a moment for idle ones to end. The caller's thread.
+
+    Raises:
+        NoThread: this process can have no more of them.
+    """
+    for pause in PAUSES:
+        try:
+            thread.start()
+            return
+        except RuntimeError:
+            spare()
+            time.sleep(pause)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NoThread(f"{error}: {NO_THREAD}") from error
 
 
 def spare() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,7 +236,7 @@ def told(worker):
 
 
 @pytest.fixture
-def account(tmp_path: Path, sshd: Sshd) -> dict[str, Any]:
+def account(sshd: Sshd) -> Iterator[dict[str, Any]]:
     if os.getuid():
         pytest.skip("only root can be another account")
     try:
@@ -245,16 +246,15 @@ def account(tmp_path: Path, sshd: Sshd) -> dict[str, Any]:
     if any(os.stat(f"/proc/{pid}").st_uid == entry.pw_uid for pid in process_table() if os.path.exists(f"/proc/{pid}")):
         pytest.skip(f"something runs as {ACCOUNT}")
     options = dict(sshd.options())
-    for part in (tmp_path, *tmp_path.parents):
-        if part.stat().st_uid == 0 and part != Path("/") and "pytest" in str(part):
-            part.chmod(0o755)
-    for name in ("identity", "known_hosts"):
-        copy = tmp_path / name
-        shutil.copy(str(options[name]), copy)
-        os.chown(copy, entry.pw_uid, entry.pw_gid)
-        copy.chmod(0o600)
-        options[name] = str(copy)
-    return {"uid": entry.pw_uid, "gid": entry.pw_gid, "options": options}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for name in ("identity", "known_hosts"):
+            copy = Path(folder) / name
+            shutil.copy(str(options[name]), copy)
+            os.chown(copy, entry.pw_uid, entry.pw_gid)
+            copy.chmod(0o600)
+            options[name] = str(copy)
+        yield {"uid": entry.pw_uid, "gid": entry.pw_gid, "options": options}
 
 
 @pytest.mark.slow

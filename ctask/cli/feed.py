@@ -46,7 +46,10 @@ class Feeder:
 
     def start(self) -> None:
         """Begin to read; returns at once."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._give_up(f"standard input cannot be read: {error} (ulimit -u)")
 
     def _feed(self) -> None:
         try:

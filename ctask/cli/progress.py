@@ -6,6 +6,7 @@ Runs in a thread of its own, while a person looks on; it reads the worker and wr
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +34,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._terminal.watched:
-            self._thread.start()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: there is no line, and all else goes on
+                self._thread.start()
         return self
 
     def __exit__(
