@@ -18,6 +18,7 @@ import pytest
 from ctask.dispatcher import SETTLE, Dispatcher
 from ctask.nodes.groups import shell
 from ctask.standstill import LATE, TICK, Standstills
+from ctask.transports.ssh import SshTransport
 from ctask.transports.ssh.reader import Reader
 from ctask.transports.ssh.settling import Settling
 from ctask.transports.watcher import Watcher
@@ -312,3 +313,16 @@ def test_f09_what_has_not_ended_meanwhile_is_still_timed_out_and_ended(sshd: Ssh
         assert child.line() == repr({("TIMEOUT", "gone")})
         assert child.process.wait(10) == 0
     wait_until(lambda: not any("sleep 600" in line for line in sshd.processes().values()))
+
+
+def test_f09_a_pool_that_is_closed_leaves_no_question_open() -> None:
+    pool = SshTransport().pool
+    said: list[str] = []
+    pool.settle(lambda: said.append("no reader"))
+    assert said == ["no reader"]
+    pool.prepare()
+    for _ in range(50):
+        pool.settle(lambda: said.append("asked"))
+    pool.close_all()
+    assert said.count("asked") == 50
+    assert not pool._settlings

@@ -66,6 +66,8 @@ class ConnectionPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reader: Reader | None = None
+        #: questions to the reader that are open; the reader's thread takes them out
+        self._settlings: set[Settling] = set()
         self._clear()
 
     def _clear(self) -> None:
@@ -243,13 +245,14 @@ class ConnectionPool:
     def settle(self, call: Callable[[], None]) -> None:
         """Make a call once the reader has taken all that had come by now. Any thread; never waits."""
         try:
-            settling = Settling(call)
+            settling = Settling(call, self._settlings.discard)
         except OSError:  # no descriptor: there is no better answer
             call()
             return
         with self._lock:
             reader = self._reader
             if reader is not None:
+                self._settlings.add(settling)
                 reader.add(settling.fd, settling)
         if reader is None:
             settling.abandon()
@@ -293,12 +296,16 @@ class ConnectionPool:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
+        for settling in list(self._settlings):
+            settling.abandon()
         return not left
 
     def forget(self) -> None:
         """Forget everything, without a word to anybody: in the child of a fork, where no connection is ours."""
         self._lock = threading.Lock()
         self._clear()
+        for settling in list(self._settlings):
+            settling.forget()
         if self._reader is not None:
             self._reader.abandon()
             self._reader = None
@@ -371,12 +378,13 @@ class ConnectionPool:
         def look_first() -> None:
             # Noticed late: a sign of life may lie in the socket.
             if time.monotonic() - when > LATE:
-                self.settle(lambda: watcher().call(look))
+                self.settle(lambda: loop.call(look))
             else:
                 look()
 
         try:
-            connection.alarm = watcher().at(when, look_first)
+            loop = watcher()
+            connection.alarm = loop.at(when, look_first)
         except (RuntimeError, OSError):  # no thread or descriptor for a watcher: nothing is kept then
             self.retire(connection)
 

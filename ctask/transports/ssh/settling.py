@@ -7,7 +7,6 @@ the reader's.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 
@@ -24,12 +23,16 @@ class Settling:
 
     Args:
         call: made then, in the reader's thread; at the latest when the reader ends.
+        over: told of this one before.
 
     Raises:
         OSError: there is no descriptor for it.
     """
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(
+        self, call: Callable[[], None], over: Callable[[Settling], object] = lambda settling: None
+    ) -> None:
+        self._over = over
         self.fd = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._call: Callable[[], None] | None = call
         self._reader: Reader | None = None
@@ -62,11 +65,17 @@ class Settling:
         """The reader ends: nothing will be read any more."""
         self._end()
 
+    def forget(self) -> None:
+        """Close what a forked child has of it; nothing is called."""
+        self._call = None
+        os.close(self.fd)
+        self._over(self)
+
     def _end(self) -> None:
         call, self._call = self._call, None
         if call is not None:
             if self._reader is not None:
                 self._reader.remove(self.fd)
-            with contextlib.suppress(OSError):
-                os.close(self.fd)
+            os.close(self.fd)
+            self._over(self)
             call()
