@@ -234,6 +234,9 @@ class Pool:
         """Wait under the lock; False: the thread is to end."""
         if self._closed:
             return False
+        if self._leave:  # it was counted as idle before it came to wait
+            self._leave -= 1
+            return False
         self._idle += 1
         notified = self._changed.wait(IDLE)
         self._idle -= 1

@@ -123,7 +123,7 @@ def test_i08_idle_threads_end_where_another_part_needs_one(limit: Limit) -> None
         one.submit(go.wait, 10)
     go.set()
     other = Pool("ctask-test/other", 8)
-    wait_until(lambda: one._idle == 3)
+    wait_until(lambda: one._idle == 3 and not one._items)
     assert not other.submit(print)
     wait_until(lambda: one.count == 0, what="the idle ones have ended")
     limit.left = 1
