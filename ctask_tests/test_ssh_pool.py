@@ -24,7 +24,7 @@ from ctask.transports.ssh import pool as pool_module
 from ctask.transports.ssh import transport as process_transport
 from ctask.transports.ssh.wire import BACKLOG_LIMIT, Wire
 from ctask_tests.fix_leaks import wait_until
-from ctask_tests.ssh_sink import RecordingSink, open_connection, run, started, target_for
+from ctask_tests.ssh_sink import RecordingSink, dial, open_connection, run, started, target_for
 
 if TYPE_CHECKING:
     from ctask_tests.fix_banner import BannerServerFactory
@@ -164,7 +164,7 @@ def test_disconnect_closes_idle_ones_and_retires_busy_ones(sshd: Sshd, ways: Ssh
 def test_a_fresh_connection_retires_the_older_ones(sshd: Sshd, ways: SshTransport) -> None:
     target = target_for(sshd.options(), sshd.address(1))
     old = open_connection(ways, target)
-    new = ways.connect(target, socket.create_connection((target.address, target.port)), lambda name: None)
+    new = ways.connect(target, dial(target), lambda name: None)
     ways.keep(new, alone=True)
     wait_until(lambda: old.dead)
     assert ways.take(target) is new
