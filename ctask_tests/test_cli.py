@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ctask import Outcome, task_self
+from ctask import NodeSet, Outcome, task_self
 from ctask.cli import arguments, main, openssh
 from ctask.cli.feed import Feeder
 from ctask.cli.terminal import Terminal, TerminalLog
@@ -370,6 +370,17 @@ def lines_until(stream: Any, count: int) -> list[bytes]:
     return [stream.readline() for _ in range(count)]
 
 
+def all_interrupted(rows: list[str]) -> bool:
+    """Whether these rows of an account have both nodes, once each, with what is known of them.
+
+    Ctrl-C promises a second. A node that is slower with its last word, as on a busy machine, is named as what it is.
+    """
+    told = [re.fullmatch(r"  interrupted +(\S+)  (.*)", row) for row in rows]
+    known = {"ended: 1 process, seen to be gone", "unknown whether it still runs"}
+    nodes = [node for match in told if match and match[2] in known for node in NodeSet(match[1])]
+    return len(rows) in (1, 2) and sorted(nodes) == sorted(NodeSet(TWO))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: int) -> None:
     with cli.start("--stdin", "-w", TWO, "echo up; exec cat", stdin=subprocess.PIPE) as process:
@@ -385,8 +396,8 @@ def test_ctrl_c_tells_who_is_missing_and_exits(cli: Cli, number: int, status: in
     lines = err.splitlines()
     assert lines[0] == f"ctask: interrupted, without {TWO} (2 of 2)"
     assert lines[1].endswith(": none exit 0 · 2 in trouble")
-    assert lines[2].startswith(f"  interrupted  {TWO}  ended: 1 process, seen to be gone")
-    assert lines[3:] == [f"ctask: exit {status}"]
+    assert lines[-1] == f"ctask: exit {status}"
+    assert all_interrupted(lines[2:-1])
 
 
 def test_a_reader_who_goes_away_ends_the_run_quietly(cli: Cli) -> None:
@@ -456,4 +467,5 @@ def test_on_a_terminal_the_first_ctrl_c_tells_and_the_second_ends(cli: Cli) -> N
     finally:
         os.close(leader)
     assert f"ctask: interrupted, without {TWO} (2 of 2)".encode() in shown
-    assert f"interrupted  {TWO}  ended: 1 process, seen to be gone".encode() in shown
+    lines = shown.decode().splitlines()
+    assert all_interrupted([line for line in lines if line.startswith("  interrupted ")]), lines

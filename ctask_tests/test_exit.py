@@ -182,7 +182,7 @@ task.run("echo up; cat", nodes=ADDRESS, on_read=block, **OPTIONS)
 """,
     "many of each": """
 task.shell("true", nodes="silent", on_pickup=go)
-task.shell("echo up; cat", nodes=GIVEN["nodes"], **OPTIONS)
+task.shell("echo up; exec sleep 600", nodes=GIVEN["nodes"], **OPTIONS)
 task.shell("exec sleep 600", key="local")
 task.resume()
 """,

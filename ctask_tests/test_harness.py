@@ -133,6 +133,8 @@ def test_sshd_dies_with_the_process_that_started_it() -> None:
             socket.create_connection(("127.0.1.1", int(port))).close()
         except ConnectionRefusedError:
             return True
+        except ConnectionResetError:  # it is about to
+            return False
         return False
 
     wait_until(refused, what="sshd has died")

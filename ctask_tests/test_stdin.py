@@ -219,6 +219,7 @@ def test_each_try_gets_the_same_input(task: Task) -> None:
     assert (len(given.attempts), given.stdout) == (3, b"each time\n")
 
 
+@pytest.mark.usefixtures("terminals")
 @pytest.mark.parametrize("text", [b"", b"a line\n", b"no end"])
 def test_on_a_terminal_the_end_of_input_is_typed(task: Task, text: bytes) -> None:
     # sshd tells no command on a terminal of the end of the channel's input.
@@ -232,6 +233,7 @@ def test_on_a_terminal_the_end_of_input_is_typed(task: Task, text: bytes) -> Non
         assert outcomes(one)[WELL].stdout.replace("\r\n", "\n").endswith(text + b"end\n")
 
 
+@pytest.mark.usefixtures("terminals")
 def test_on_a_terminal_nothing_is_typed_unasked(task: Task) -> None:
     # As `ssh -tt NODE cat </dev/null` it waits; sudo with a terminal of its own would print a ^D that comes too early.
     worker = run(task, "cat", [WELL], pty=True, timeout=0.5, stop_grace=0.5)
