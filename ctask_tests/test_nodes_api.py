@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 import tracemalloc
 
@@ -56,7 +57,9 @@ def test_however_it_is_shown_it_is_the_same_set(
 ) -> None:
     shown = NodeSet(one, autostep=autostep, fold_axis=fold_axis)
     assert NodeSet(str(shown)) == one == shown
-    assert list(NodeSet(str(one))) == list(one)
+    for made in (one, one | other, one & other, one - other, one ^ other):
+        again = NodeSet(str(made))
+        assert (str(again), list(again)) == (str(made), list(made))
     for twin in (shown.copy(), copy.copy(shown), copy.deepcopy(shown), pickle.loads(pickle.dumps(shown))):
         assert (str(twin), twin.autostep, twin.fold_axis, list(twin)) == (
             str(shown), shown.autostep, shown.fold_axis, list(shown),
@@ -64,6 +67,42 @@ def test_however_it_is_shown_it_is_the_same_set(
     assert set(one | other) == set(one) | set(other)
     assert set(one ^ other) == set(one) ^ set(other)
     assert (one >= other) == (set(one) >= set(other))
+
+
+# numbers with and without a sign, names with a hyphen, and patterns whose places are between theirs
+_ranges = st.lists(st.sampled_from(["-12", "-3--1", "-2", "-1", "-1-1", "0", "1-2", "3", "01"]), min_size=1, max_size=3)
+_axes = st.one_of(_ranges.map(lambda few: f"[{','.join(few)}]"), st.sampled_from(["-1", "-2", "0", "1", "3", "-01"]))
+_written = st.one_of(
+    st.tuples(st.sampled_from(["n{}", "n-{}", "n{}x", "n+{}", "m{}"]), _axes).map(lambda one: one[0].format(one[1])),
+    st.tuples(st.sampled_from(["r{}n{}", "r{}n-{}", "r-{}n{}", "r{}n{}x"]), _axes, _axes).map(
+        lambda one: one[0].format(*one[1:])
+    ),
+    st.tuples(_axes, _axes, _axes).map(lambda three: "x{}c{}s{}".format(*three)),
+)
+_steps = st.lists(st.tuples(st.sampled_from("|&-^"), st.lists(_written, min_size=1, max_size=3)), max_size=4)
+_operations = {"|": operator.or_, "&": operator.and_, "-": operator.sub, "^": operator.xor}
+
+
+@quick
+@given(st.lists(_written, max_size=4), _steps, st.slices(12), st.sampled_from([None, 2, 3]))
+def test_read_from_its_text_a_set_is_shown_and_gone_through_as_it_was(
+    first: list[str], steps: list[tuple[str, list[str]]], cut: slice, autostep: int | None
+) -> None:
+    nodes, names = NodeSet(first, autostep=autostep), set(NodeSet(first))
+    sets = [nodes]
+    for sign, operand in steps:
+        other = NodeSet(operand)
+        nodes, names = _operations[sign](nodes, other), _operations[sign](names, set(other))
+        sets.append(nodes)
+    assert set(nodes) == names
+    listed = list(nodes)
+    assert [name for part in nodes.split(3) for name in part] == listed
+    assert list(nodes[cut]) == sorted(listed[cut], key=listed.index)
+    expression = "!".join("^".join(few) for _, few in steps)
+    for one in (*sets, *nodes.split(3), nodes[cut], *nodes.contiguous(), NodeSet(expression)):
+        again = NodeSet(str(one), autostep=autostep)
+        assert (str(again), list(again)) == (str(NodeSet(one, autostep=autostep)), list(one))
+    assert [str(nodes & NodeSet(name)) for name in listed] == listed
 
 
 @pytest.mark.parametrize(
@@ -157,6 +196,43 @@ def test_many_are_added_and_some_have_to_be_there() -> None:
     with pytest.raises(KeyError, match="n9"):
         nodes.difference_update("n[3,9]", strict=True)
     assert str(nodes) == "m1,n[3-5]"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "listed"),
+    [
+        # nothing is lost: as names are written
+        ("n[-5]", "n-5", "n-5"),
+        ("n[-5],m1,r[-1]n[-3]", "m1,n-5,r-1n-3", "m1 n-5 r-1n-3"),
+        ("n[-5],n-[-3]", "n-5,n--3", "n-5 n--3"),
+        ("n[-5-3]&n3,n4x", "n3,n4x", "n3 n4x"),
+        ("n[-5-3]&n[-5-3]!n[-4-3]", "n-5", "n-5"),
+        ("n-4,n3!n[-5]", "n3,n-4", "n3 n-4"),
+        # n-5 would come behind n3x, 0 and 01 be folded with 5, and the numbers of r come behind those without a sign
+        ("n[-5],n3x", "n[-5],n3x", "n-5 n3x"),
+        ("n-5,n3x", "n3x,n-5", "n3x n-5"),
+        ("n[-5],n-[0,01]", "n[-5],n-[0,01]", "n-5 n-0 n-01"),
+        ("r[-1-1]n[-3,2],r[0-1]n0", "r[-1]n[-3,2],r[0-1]n[-3,0,2]", "r-1n-3 r-1n2 r0n-3 r0n0 r0n2 r1n-3 r1n0 r1n2"),
+        ("r[-1-0]n[2,-3]!r0n-3", "r[-1]n[-3,2],r0n2", "r-1n-3 r-1n2 r0n2"),
+        # the text would be the same, the order would not
+        ("r3n[-2-1],r[1,5]n7!r3n[-1-1]", "r[1,5]n7,r3n[-2]", "r1n7 r3n-2 r5n7"),
+    ],
+)
+def test_a_single_negative_number_has_a_bracket_where_it_would_be_lost(text: str, shown: str, listed: str) -> None:
+    for nodes in (NodeSet(text), NodeSet(shown), NodeSet(text, fold_axis=[0, 1])):
+        assert (str(nodes), " ".join(nodes)) == (shown, listed)
+    assert NodeSet(shown) == NodeSet(listed.split())
+    assert sorted(str(NodeSet(text, fold_axis=[])).split(",")) == sorted(listed.split())
+
+
+def test_what_is_taken_out_or_cleared_says_nothing_about_signs() -> None:
+    nodes = NodeSet("n-4,n3")
+    assert str(nodes - NodeSet("n[-5]")) == str(NodeSet("n-4,n3!n[-5]")) == "n3,n-4"
+    nodes = NodeSet("n[-5-3]")
+    nodes.clear()
+    nodes.update("n-4,n3")
+    assert str(nodes) == "n3,n-4"
+    assert str(NodeSet("n[-5-3]") - NodeSet("n-5,n3")) == "n[-4-2]"
 
 
 def test_negative_numbers_and_hyphens_are_the_same_node() -> None:

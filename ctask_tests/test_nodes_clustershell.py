@@ -135,8 +135,9 @@ def compare(text: str) -> tuple[NodeSet, Any] | None:
         return None  # it has a node twice: once as n-5, and once as n[-5]
     assert len(own) == len(other)
     # Which products a set of several dimensions is shown as, and in which order, is another matter where it is not one
-    # product: ctask's are in the order of their numbers.
-    if all(count == patterns for count, patterns in map(products, (str(own), str(other)))):
+    # product: ctask's are in the order of their numbers. And it shows n[-5],n3x as n-5,n3x, which it reads as n3x,n-5.
+    stable = list(TheirNodeSet(str(other), resolver=THEIR_NOGROUP)) == list(other)
+    if stable and all(count == patterns for count, patterns in map(products, (str(own), str(other)))):
         assert str(own) == str(other)
     return own, other
 

@@ -216,7 +216,7 @@ class FoldedSet(Generic[Like, Element]):
 
     def clear(self) -> None:
         """Take everything out."""
-        self._patterns = {}
+        self._patterns, self._signs = {}, NO_SIGNS
 
     def __ior__(self, other: object) -> Self:
         return self._changed(other, ",")
@@ -285,7 +285,8 @@ class FoldedSet(Generic[Like, Element]):
         patterns, signs = self._parsed(other)
         # all is calculated before anything is changed
         apply(self._patterns, self._combined(self._patterns, patterns, op))
-        if signs:
+        # what is taken out does not say how the rest is shown
+        if signs and op != "!":
             self._signs |= signs
 
     def _combined(self, left: Patterns, right: Patterns, op: Op) -> Patterns:

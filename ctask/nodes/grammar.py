@@ -268,13 +268,14 @@ class _Parser:
                 # a,b,c is a,(b,c) and a!b!c is a!(b,c): operands of a row are folded at once
                 if op != pending_op or op in "&^":
                     apply(found, self._combined(found, pending, pending_op))
-                    signs |= pending.signs
+                    # what is taken out does not say how the rest is shown
+                    signs |= pending.signs if pending_op != "!" else NO_SIGNS
                     pending, pending_op = Gather(self.whole.groups), op
                 self._operand(position, operand, pending)
             apply(found, self._combined(found, pending, pending_op))
         except TooManyPieces:
             raise NodeSetError(self.text, position, TOO_MANY_PIECES) from None
-        return found, signs | pending.signs
+        return found, signs | pending.signs if pending_op != "!" else signs
 
     def _combined(self, found: Patterns, pending: Gather, op: Op) -> Patterns:
         patterns = pending.patterns(self.budget)

@@ -17,7 +17,7 @@ from ctask.nodes.grammar import TOO_MANY_PIECES, Gather, Groups, Parsed, parse, 
 from ctask.nodes.names import MAX_LENGTH
 from ctask.nodes.order import in_order, rank, shown, walk
 from ctask.nodes.resolving import RESOLVER_NOGROUP, Resolver, std_group_resolver
-from ctask.nodes.signs import NO_SIGNS, Signs, in_pattern
+from ctask.nodes.signs import NO_SIGNS, Signs, in_pattern, is_lost
 from ctask.nodes.space import Budget, Patterns, Template, TooManyPieces, contains, size
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class NodeSet(FoldedSet["NodesLike", str]):
     * A group that its source has not is an error, which names the nearest one; ClusterShell takes it for empty,
       so that ``@all!@pord`` (misspelt) is every node.
     * Names are looked at (`ctask.nodes.names`): one that could be read as an option or a path is refused.
-    * ``n-5`` is one node, whether it is written so or as ``n[-5]``.
+    * ``n-5`` is one node, whether it is written so or as ``n[-5]``. It is shown as ``n-5``, and as ``n[-5]`` where the
+      set would be read as another text or in another order without it: ``n[-5],n3x``.
     * Names of several numbers come in the order of their numbers, however the set came about. So do the products
       that they are shown as; where sets overlap, these may be others than ClusterShell's.
     * Slices may have any step; `contiguous` knows no steps; digits may not be glued to negative numbers in front.
@@ -221,16 +222,19 @@ class NodeSet(FoldedSet["NodesLike", str]):
     def __str__(self) -> str:
         """Return the set folded, in its order: ``a,b[1-2],c3``.
 
+        Read again, it is shown as the same text and has the same order, unless `fold_axis` leaves a dimension unfolded.
+
         Raises:
             NodeSetError: `fold_axis` leaves so much unfolded that more than a million names would be written out.
         """
         found = self._shown()
         budget = Budget(MAX_WRITTEN)
+        signs = bool(self._signs) and is_lost(self._patterns, found)
         try:
             return ",".join(
                 text
-                for template in in_order(found)
-                for text in shown(found[template], template, self._autostep, self._folded(template), budget)
+                for key in in_order(found)
+                for text in shown(found[key], key, self._autostep, self._folded(key), budget, signs=signs)
             )
         except TooManyPieces:
             reason = f"fold_axis={self._fold_axis} would write out more than {MAX_WRITTEN} names"

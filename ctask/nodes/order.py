@@ -129,29 +129,36 @@ def blocks(space: Space) -> Iterator[Space]:
 
 
 def shown(
-    space: Space, template: Template, autostep: float | None, fold: Sequence[bool] | None, budget: Budget
+    space: Space,
+    template: Template,
+    autostep: float | None,
+    fold: Sequence[bool] | None,
+    budget: Budget,
+    *,
+    signs: bool = False,
 ) -> Iterator[str]:
     """Yield the space as text: ``n[1-3,5]``, a text for each product.
 
     Args:
         fold: whether each dimension is written folded; None: all are. What is not is written out.
+        signs: whether a single negative number has a bracket where it is folded: ``n[-5]``.
 
     Raises:
         TooManyPieces: more would be written out than there is in `budget`.
     """
     if len(template) == 2 and fold is None:
         # most sets: one number in each name
-        yield f"{template[0]}{_bracketed(axis_text(space[0][0], autostep))}{template[1]}"
+        yield f"{template[0]}{_bracketed(axis_text(space[0][0], autostep), signs)}{template[1]}"
         return
     last = template[-1]
     for axes in products(space):
         if fold is None:
-            texts = [_bracketed(axis_text(axis, autostep)) for axis in axes]
+            texts = [_bracketed(axis_text(axis, autostep), signs) for axis in axes]
             yield "".join(chain.from_iterable(zip(template, [*texts, ""], strict=True)))
             continue
         budget.spend(prod(size(box([axis])) for axis, folded in zip(axes, fold, strict=True) if not folded))
         choices = [
-            (_bracketed(axis_text(axis, autostep)),) if folded else _Numbers(axis)
+            (_bracketed(axis_text(axis, autostep), signs),) if folded else _Numbers(axis)
             for axis, folded in zip(axes, fold, strict=True)
         ]
         for row in _rows(choices):
@@ -217,5 +224,5 @@ def _ranges(axis: Axis) -> Iterator[Axis]:
         yield tuple(within)
 
 
-def _bracketed(texts: list[str]) -> str:
-    return f"[{','.join(texts)}]" if len(texts) > 1 or "-" in texts[0][1:] else texts[0]
+def _bracketed(texts: list[str], signs: bool) -> str:
+    return f"[{','.join(texts)}]" if len(texts) > 1 or "-" in texts[0][not signs :] else texts[0]
