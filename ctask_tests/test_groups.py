@@ -325,6 +325,25 @@ def test_mapall_tells_all_groups_at_once(tmp_path: Path) -> None:
 YAML = 'site:\n  all: "@prod,@test"\n  prod: n[1-90]\n  test: [n91, "n[92-93]"]\n  none:\nracks:\n  "1": n[1-9]\n'
 
 
+def test_what_stands_behind_a_hash_names_no_node_in_any_source(tmp_path: Path) -> None:
+    listed = "n1 # n2\n#n3\n  # n4: n5\nn6, # n7,\nn8#n9\n"
+    (tmp_path / "nodes").write_text(listed)
+    (tmp_path / "table").write_text("# old: n5\na: n1 # n2\n\n #b: n3\na: n6,n8\n")
+    (tmp_path / "names").write_text("a # b\n# c\n")
+    asked = UpcallGroupSource(
+        "site", "cat nodes", "cat nodes", "cat names", "cat names", cfgdir=str(tmp_path), cache_time=0
+    )
+    at_once = UpcallGroupSource("site", mapall_upcall="cat table", cfgdir=str(tmp_path), cache_time=0)
+    (tmp_path / "site.yaml").write_text('site:\n  a: |\n    n1 # n2\n    #n3\n    n6,n8\n  l: [n1, "#n2", "n3 # n4"]\n')
+    read = GroupResolver(*YAMLGroupLoader(str(tmp_path / "site.yaml")))
+    sources = [GroupSource("site", {"a": listed}), asked, at_once]
+    for resolver in (*map(GroupResolver, sources), read):
+        assert str(NodeSet("@a", resolver=resolver)) == "n[1,6,8]"
+    assert str(NodeSet("@l", resolver=read)) == "n[1,3]"
+    assert str(NodeSet.fromall(resolver=GroupResolver(asked))) == "n[1,6,8]"
+    assert asked.resolv_list() == asked.resolv_reverse("n1") == at_once.resolv_list() == ["a"]
+
+
 def test_yaml_files_have_sources_with_groups(tmp_path: Path) -> None:
     resolver = conf(tmp_path, "[Main]\ndefault: site\nautodir: $CFGDIR/groups.d\n", {"groups.d/site.yaml": YAML})
     assert str(NodeSet("@test,@racks:1", resolver=resolver)) == "n[1-9,91-93]"

@@ -15,7 +15,7 @@ from ctask.errors import GroupSourceError, GroupSourceNoUpcall
 from ctask.nodes.nodeset import NodeSet
 from ctask.nodes.resolving import no_such_group
 
-__all__ = ["FileGroupSource", "GroupLoader", "GroupSource", "Groups", "Words", "words"]
+__all__ = ["FileGroupSource", "GroupLoader", "GroupSource", "Groups", "Words", "uncommented", "words"]
 
 #: what the nodes of a group may be given as; None is the empty group
 Words: TypeAlias = "str | NodeSet | Iterable[str | NodeSet] | None"
@@ -24,13 +24,16 @@ Groups: TypeAlias = Mapping[str, Words]
 
 # "n1, n2" and "[1, 3]" are no words of their own
 _AROUND_OPERATOR = re.compile(r"\s*([,!&^])\s*")
+# as in lists of nodes: a node that is commented out is none, also where a command prints such a file
+_COMMENT = re.compile(r"#[^\r\n]*")
 
 
 class GroupSource:
     """Node groups in memory, and the base of all other sources.
 
     ``GroupSource("site", {"prod": "n[1-90]", "test": ["n91", "n92"], "all": "@prod,@test"})``. A group is a node set
-    as text (words with blanks between them do as well), a NodeSet, or several of them; it may name further groups.
+    as text (words with blanks between them do as well, and ``#`` begins a comment), a NodeSet, or several of them; it
+    may name further groups.
 
     Thread safety: any thread may ask; so a subclass guards what it keeps.
 
@@ -140,6 +143,11 @@ class FileGroupSource(GroupSource):
         return words(groups["all"], f"group 'all' of {self}") if "all" in groups else None
 
 
+def uncommented(text: str) -> str:
+    """Return text without its comments, which go from a `#` to the end of the line."""
+    return _COMMENT.sub("", text)
+
+
 def words(value: Words, what: str) -> list[str]:
     """Return what stands for nodes as words, each a name or a node set.
 
@@ -149,7 +157,7 @@ def words(value: Words, what: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return _AROUND_OPERATOR.sub(r"\1", value).split()
+        return _AROUND_OPERATOR.sub(r"\1", uncommented(value)).split()
     if isinstance(value, NodeSet):
         return [str(value)] if value else []
     if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):

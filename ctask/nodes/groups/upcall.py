@@ -25,7 +25,7 @@ from ctask.errors import (
 )
 from ctask.errors.text import printable
 from ctask.nodes.groups import shell
-from ctask.nodes.groups.source import GroupSource, words
+from ctask.nodes.groups.source import GroupSource, uncommented, words
 from ctask.nodes.resolving import no_such_group
 from ctask.numeric import duration, patience, shown
 
@@ -43,8 +43,9 @@ class UpcallGroupSource(GroupSource):
     """Node groups that commands tell: `map`, `all`, `list`, `reverse` and `mapall` of a section of `groups.conf`.
 
     A command is run by `/bin/sh` in the folder `cfgdir`, with its standard input closed, and what it prints on
-    standard output are words, apart by blanks or newlines. Names reach it as variables (`ctask.nodes.groups.shell`),
-    never as part of its text. Answers are kept for `cache_time`, in memory; failures are not.
+    standard output are words, apart by blanks or newlines; `#` begins a comment. Names reach it as variables
+    (`ctask.nodes.groups.shell`), never as part of its text. Answers are kept for `cache_time`, in memory; failures are
+    not.
 
     A group that `map` fails on, or knows no nodes of, is looked up by `list` where there is one: so a group that is
     not there is told from a source that does not work, and from a group that is empty.
@@ -185,7 +186,7 @@ class UpcallGroupSource(GroupSource):
 
     def _read_table(self) -> dict[str, list[str]]:
         table: dict[str, list[str]] = {}
-        for line in self._upcall("mapall", {}).splitlines():
+        for line in uncommented(self._upcall("mapall", {})).splitlines():
             if not line.strip():
                 continue
             group, colon, nodes = line.partition(":")
