@@ -87,8 +87,8 @@ class Future(concurrent.futures.Future[NodeResult]):
             TimeoutError: the time to wait is over; the job goes on.
             TaskError: in the task's own thread, the command is only scheduled: call `resume()`.
         """
-        limit = self._await(timeout)
-        error = super().exception(limit)
+        self._await(timeout)
+        error = super().exception(0)
         try:
             if error is None:
                 return super().result(0)
@@ -98,7 +98,8 @@ class Future(concurrent.futures.Future[NodeResult]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the `NodeError`, or None; waits as `result`."""
-        return super().exception(self._await(timeout))
+        self._await(timeout)
+        return super().exception(0)
 
     def cancel(self) -> bool:
         """Ask for the end of the job, also while it runs; return False if it has ended already.
@@ -137,16 +138,22 @@ class Future(concurrent.futures.Future[NodeResult]):
         """Whether the job was aborted, by `cancel()` or otherwise."""
         return self.done() and isinstance(super().exception(0), Aborted)
 
-    def _await(self, timeout: object) -> float | None:
-        """Wait where handlers can run meanwhile; return how long the standard's own wait has left."""
+    def _await(self, timeout: object) -> None:
+        """Wait until the job has its outcome; in the task's own thread, handlers run meanwhile.
+
+        Raises:
+            TimeoutError: it has none after `timeout` seconds.
+        """
         limit = patience("timeout", timeout, past=True)
         if self.done():
-            return limit
+            return
         self.watched = True
         until = None if limit is None else time.monotonic() + limit
-        if self.task.wait_for(self.done, until, begun=self.begun) is False:
+        waited = self.task.wait_for(self.done, until, begun=self.begun)
+        if waited is None:
+            waited = bool(concurrent.futures.wait([self], limit).done)
+        if not waited:
             raise TimeoutError(f"{self.node}: not ended within {limit:g} s; the job goes on")
-        return limit
 
     def __repr__(self) -> str:
         node = printable(str(self.node))

@@ -513,7 +513,11 @@ class Task(gather.Gathered):
             raise TaskError("this is scheduled and does not run yet, so its end would never come: call resume()")
         if self._unsettled:
             self._settle()
-        return self._mailbox.pump(done if heard is None or self._mailbox.busy else heard, until)
+        mailbox = self._mailbox
+        if heard is None or mailbox.busy:
+            return mailbox.pump(done, until)
+        # What has ended by the deadline is heard as well: all that is left are calls of handlers.
+        return mailbox.pump(heard, until) or (done() and mailbox.pump(heard))
 
     def _ask(self, limit: float | None, workers: list[Worker]) -> None:
         """Have the owner run these workers; where its thread is not ours, start them."""

@@ -275,7 +275,7 @@ class Worker(gather.Gathered):
         if waited is None:
             # A future is done a moment before `done()` counts it.
             return not concurrent.futures.wait(self.futures.values(), limit).not_done
-        return self.done()
+        return bool(waited)
 
     def _begun(self) -> bool:
         return self.admission.given or all(future.begun for future in self.futures.values())

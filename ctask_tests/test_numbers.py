@@ -252,9 +252,11 @@ def test_polling_comes_to_an_end_and_runs_the_handlers(task: Task) -> None:
         worker = task.submit("x", nodes="slow", on_read=lambda *what: heard.append(what[3]))
         while not worker.wait(0):
             time.sleep(0.001)
+        assert heard == ["a", "b"]
+        worker = task.submit("x", nodes="slow", on_read=lambda *what: heard.append(what[3]))
         while not task.join(0):
             time.sleep(0.001)
-    assert heard == ["a", "b"]
+    assert heard == ["a", "b", "a", "b"]
     assert [str(output) for output, _ in task.iter_buffers()] == ["a\nb"], "the last look is at the same run"
 
 
@@ -304,6 +306,30 @@ def test_no_wait_takes_what_is_no_time(task: Task, hanging: Worker, value: Any) 
             with pytest.raises(OptionError, match=r"deadline|timeout"):
                 call(value)
         hanging.abort()
+
+
+def test_what_has_ended_by_the_deadline_of_a_wait_is_heard(task: Task) -> None:
+    for deadline in (0, 0.05):
+        heard: list[str] = []
+        worker = task.submit("x", nodes="n[1-4]", on_done=lambda worker, node, result, heard=heard: heard.append(node))
+        concurrent.futures.wait(worker.futures.values())
+        assert worker.wait(deadline)
+        assert sorted(heard) == ["n1", "n2", "n3", "n4"]
+        heard.clear()
+        worker = task.submit("x", nodes="n[1-4]", on_done=lambda worker, node, result, heard=heard: heard.append(node))
+        while not worker.wait(deadline):
+            pass
+        assert sorted(heard) == ["n1", "n2", "n3", "n4"]
+
+
+def test_a_look_says_in_every_thread_what_has_not_ended(task: Task) -> None:
+    future = task.submit("x", nodes="hang").futures["hang"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for ask in (future.result, future.exception):
+            for elsewhere in (False, True):
+                with pytest.raises(TimeoutError, match="hang: not ended within 0 s; the job goes on"):
+                    pool.submit(ask, 0).result() if elsewhere else ask(0)
+    task.abort()
 
 
 def test_results_takes_the_time_between_two_of_them(task: Task) -> None:
