@@ -24,7 +24,7 @@ from ctask.handler import EVENTS, Handlers
 from ctask.job import Job
 from ctask.nodes import NodeSet, NodesLike
 from ctask.nodes.names import check as check_name
-from ctask.numeric import whole
+from ctask.numeric import shown, whole
 from ctask.options import Call, Command, JobOptions, Options, Target
 from ctask.runtime import Runtime
 from ctask.worker import Worker
@@ -173,7 +173,7 @@ def _checked_names(nodes: Any, expect: int | None, allow_empty: bool) -> NodeSet
     if count > MOST_NODES:
         raise NodeSetError(str(nodes)[:80], None, f"{count:,} nodes are more than {MOST_NODES:,}; submit it in parts")
     if expect is not None and count != whole("expect", expect, 0):
-        raise UsageError(f"expected {expect} nodes, and there are {count}: {found}. Nothing was run")
+        raise UsageError(f"expected {shown(expect)} nodes, and there are {count}: {found}. Nothing was run")
     for node in found:
         check_name(node)
     return found

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import ctask
-from ctask import ClusterExecutor, OptionError, Retry, Task, Worker, task_self
+from ctask import ClusterExecutor, OptionError, Retry, Task, UsageError, Worker, task_self
 from ctask.nodes.groups.upcall import UpcallGroupSource
 from ctask.numeric import LONGEST, duration, limit, patience, shown, whole
 from ctask.testing import FakeTransport, Step
@@ -86,6 +86,10 @@ def test_a_message_does_not_print_thousands_of_digits() -> None:
         with pytest.raises(OptionError, match=r"\(30[12] characters\)") as caught:
             whole("port", value, 1, 65_535)
         assert len(str(caught.value)) < 200
+    for count in (10**400, 10**5000):
+        with pytest.raises(UsageError, match=r"and there are 1: n1\. Nothing was run") as refused:
+            task_self().run("x", nodes="n1", expect=count)
+        assert len(str(refused.value)) < 200
 
 
 # -- everywhere that takes one -----------------------------------------------------------------------------------
