@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from ctask.errors import CommandError, HandlerError, OptionError, TaskTimeout, UsageError
-from ctask.future import Future
+from ctask.future import Condition, Future
 from ctask.nodes import NodeSet, NodesLike
 from ctask.numeric import patience
 from ctask.result import NodeResult
@@ -64,7 +64,7 @@ class ClusterExecutor(concurrent.futures.Executor):
         except OptionError:
             self._task.close()
             raise
-        self._changed = threading.Condition()
+        self._changed = Condition()
         # Under the condition: what was started and is still held by somebody, which submissions are on their way,
         # and whether there may be new ones.
         self._workers: weakref.WeakSet[Worker] = weakref.WeakSet()

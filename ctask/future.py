@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import operator
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from ctask.errors.text import printable
 from ctask.numeric import patience
 from ctask.result import NodeResult
 
-__all__ = ["Admission", "Future", "Waiting", "as_completed", "wait"]
+__all__ = ["Admission", "Condition", "Future", "Waiting", "as_completed", "wait"]
 
 log = logging.getLogger("ctask.future")
 
@@ -40,6 +41,18 @@ class Waiting(Protocol):
             WrongThread: in a done-callback.
             TaskError: it is only scheduled, and nobody but the owner, who waits, would begin it.
         """
+
+
+class Condition(threading.Condition):
+    """A condition of which Ctrl-C leaves no lock behind.
+
+    The standard's `with` enters by a function of Python: an exception of a signal handler that comes as it returns
+    leaves the lock taken for ever, and the dispatcher, which needs that of each future, would stand. Here the lock's
+    own methods are called, between which and the block no handler runs.
+    """
+
+    __enter__ = property(operator.attrgetter("acquire"))
+    __exit__ = property(operator.attrgetter("_lock.__exit__"))
 
 
 class Admission:
@@ -69,6 +82,7 @@ class Future(concurrent.futures.Future[NodeResult]):
 
     def __init__(self, task: Waiting, node: Any, cancel: Callable[[], None], admission: Admission) -> None:
         super().__init__()
+        self._condition = Condition()
         self.task = task
         self._admission = admission
         self._taken_back = False

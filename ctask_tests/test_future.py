@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -266,6 +268,33 @@ def test_cancel_ends_what_waits_and_what_runs(task: Task) -> None:
         ("running", "Aborted", "cancelled"): ctask.NodeSet("n1"),
         ("queued", "Aborted", "cancelled"): ctask.NodeSet("n2"),
     }
+
+
+@pytest.mark.parametrize("name", ["done", "running", "cancelled", "exception", "result", "add_done_callback", "cancel"])
+def test_ctrl_c_leaves_no_lock_of_a_future_taken(task: Task, name: str) -> None:
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        if event == "return" and frame.f_code.co_name == "__enter__":
+            raise KeyboardInterrupt
+        return interrupt
+
+    with FakeTransport(nodes(**SCRIPTS)):
+        future = task.submit("x", nodes="late").futures["late"]
+        ask = getattr(future, name)
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            ask(print) if name == "add_done_callback" else ask()
+        except (KeyboardInterrupt, Aborted):
+            pass
+        finally:
+            sys.settrace(before)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            try:
+                pool.submit(future.done).result(5)
+            except TimeoutError:
+                future._condition.release()  # else the pool is waited for, for ever
+                raise
+        task.join()
 
 
 def test_done_callbacks_run_in_the_dispatcher_and_may_not_wait(task: Task, fake: FakeTransport) -> None:
