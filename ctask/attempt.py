@@ -50,7 +50,7 @@ class Inbox:
     )
 
     def __init__(self, job: Job, gate: Gate, intake: Intake, *, tell: bool) -> None:
-        # None once the try is over: what still comes is nobody's.
+        # None once the try is over: what still comes belongs to no try.
         self._job: Job | None = job
         self._intake: Intake | None = intake
         self._gate = gate

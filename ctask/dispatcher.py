@@ -128,7 +128,7 @@ class Dispatcher:
         step: asks the plan and carries out its actions; given the time.
         due: when the plan wants to be asked again though nothing happened.
         clock: monotonic seconds; the one place where a task takes its time.
-        returned: given each post that nobody will carry out, one at a time: in the thread that ends, later in one that
+        returned: given each post that is not carried out, one at a time: in the thread that ends, later in one that
             posts. What it raises is logged.
         died: given the error that the thread ends by, where it is one, while nothing else is returned.
         dead: given the same, when what was posted meanwhile has been returned; the thread's last act.

@@ -279,13 +279,13 @@ class Engine:
             self._refuse(jobs, error)
 
     def _dead(self, error: BaseException) -> None:
-        """Wake whoever waits. In the dispatcher's thread, its last act."""
+        """Wake the threads that wait. In the dispatcher's thread, its last act."""
         self.mailbox.fail(error)
         # Everybody is awake; what is being ended on the nodes has its time, as far as an exit gives it.
         self._wind_up(wait=_ENDINGS_FOR)
 
     def _returned(self, post: Post) -> None:
-        """A post comes back that nobody carries out any more: whatever it was about has its end all the same."""
+        """A post comes back that was not carried out: the jobs that it was about have their end all the same."""
         subject, call, args = post
         error = self.dispatcher.error
         if error is not None:
@@ -379,7 +379,7 @@ class Engine:
 
 
 def _step_again() -> None:
-    """Nothing: after each post the plan is asked what is to be done."""
+    """Nothing: after each post the plan is asked for its next actions."""
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -65,7 +65,7 @@ class ClusterExecutor(concurrent.futures.Executor):
             self._task.close()
             raise
         self._changed = Condition()
-        # Under the condition: what was started and is still held by somebody, which submissions are on their way,
+        # Under the condition: what was started and is still held, which submissions are on their way,
         # and whether there may be new ones.
         self._workers: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._coming: set[object] = set()
@@ -131,7 +131,7 @@ class ClusterExecutor(concurrent.futures.Executor):
         parts = [node_set(part) for part in ([nodes] if isinstance(nodes, (str, NodeSet)) else nodes)]
         worker = self._start(command, NodeSet.fromlist(parts), options)
         results = _results(worker, [worker.futures[node] for part in parts for node in part], until)
-        next(results)  # it has begun: dropping it withdraws what waits, also where nobody has asked it for a result
+        next(results)  # it has begun: dropping it withdraws what waits, also before it was asked for a result
         return results
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT002 (as the standard's)
@@ -184,7 +184,7 @@ class ClusterExecutor(concurrent.futures.Executor):
         coming = object()
         try:
             return self._let_through(coming, command, nodes, options)
-        except BaseException:  # an interrupt at any point: nobody is to wait for this one
+        except BaseException:  # an interrupt at any point: shutdown() does not wait for this one
             self._arrived(coming)
             raise
 
@@ -201,7 +201,7 @@ class ClusterExecutor(concurrent.futures.Executor):
         return worker
 
     def _arrived(self, coming: object, worker: Worker | None = None) -> bool:
-        """A submission is on its way no more; return whether what it has started is to be withdrawn."""
+        """A submission is on its way no more; return whether the caller withdraws what it has started."""
         with self._changed:
             if worker is not None:
                 self._workers.add(worker)

@@ -2,7 +2,7 @@
 """Numbers as users give them: times, counts and exit statuses, checked where they come in.
 
 Pure functions; they run in the thread that calls ctask. What leaves them can be added to a clock and handed to a lock
-or a queue: nothing overflows later, in a thread that nobody looks at.
+or a queue: nothing overflows later, in a thread of ours.
 """
 
 from __future__ import annotations

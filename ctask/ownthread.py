@@ -4,7 +4,7 @@
 `OwnThread` is used by any thread; `_asked` is a deque, whose single steps are atomic, and `_idle` guards the count of
 runs that are not over and what they have raised. The thread holds its task only while it runs something: a task that
 the program drops is freed. It ends when it is closed, or by an error that is no `Exception` (`sys.exit()` in a
-handler): that ends the task, and whoever waits for it, or asks it for anything, is told.
+handler): that ends the task, and every thread that waits for it, or asks it for anything, is told.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class OwnThread(Generic[W]):
                     self._run(*self._asked.popleft())
         except TaskError:
             log.debug("%s ends: its task has failed", self.thread.name, exc_info=True)
-        except BaseException as error:  # noqa: BLE001 (a handler wants out: nobody is above, and all who wait are told)
+        except BaseException as error:  # noqa: BLE001 (a handler wants out: this is the top of the thread, and all waits are told)
             self._die(error)
         finally:
             self._ended = True

@@ -109,7 +109,7 @@ class Roster:
             self._view_over = True
 
     def let_go(self, worker: Worker) -> None:
-        """A worker has ended, and is delivered: what nobody waits for is the program's now. Any thread."""
+        """A worker has ended, and is delivered: the program alone holds it now, unless it is waited for. Any thread."""
         with self._lock:
             self._started.pop(worker, None)
 

@@ -111,6 +111,7 @@ WRONG: list[tuple[list[str], type[UsageError], str]] = [
     (["-g", "nogroup", "true"], NodeSetError, "@nogroup"),
     (["-a", "-x", "@nogroup", "true"], NodeSetError, "Nothing was run."),
     (["-w", "n1", "--groupsconf", "/nonexistent/g", "true"], OptionError, "no such file"),
+    (["-w", "n1", "--groupsconf", "/", "true"], OptionError, "not a regular file"),
     (["-w", "n1", "-z", "true"], OptionError, "no such option: -z"),
     (["-w", "n1", "--hostfil", "x", "true"], OptionError, "did you mean --hostfile"),
     (["-w", "n1", "--raw=1", "true"], OptionError, "--raw takes no value"),

@@ -88,7 +88,7 @@ sent; a file that nothing was read from yet is refused (2), since the command wa
 
 Exit status: 0 the command exited with 0 on every node; 1 it ran everywhere, and not all exited with 0; 3 some were
 not reached, timed out or were lost; 2 what was asked for cannot be right, and nothing was sent; 130 after Ctrl-C
-(129 a hang-up, 143 TERM); 141 when nobody reads the output any more. With -S a status above 255 makes it 255.
+(129 a hang-up, 143 TERM); 141 when the reader of the output has gone. With -S a status above 255 makes it 255.
 
 On a terminal the first Ctrl-C tells who is waited for, and a second one within 2 s ends them with TERM.
 """

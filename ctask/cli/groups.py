@@ -22,13 +22,14 @@ def resolver(conf: str | None, source: str | None) -> Resolver | None:
     """Return who knows the groups: None is the process's resolver.
 
     Raises:
-        OptionError: there is no such file.
+        OptionError: there is no such file, or it is not a regular one.
         NodeSetExternalError: there is no such source, or the configuration cannot be used.
     """
     if conf is None and source is None:
         return None
     if conf is not None and not Path(conf).is_file():
-        raise OptionError(f"--groupsconf {conf}: there is no such file")
+        why = "it is not a regular file" if Path(conf).exists() else "there is no such file"
+        raise OptionError(f"--groupsconf {conf}: {why}")
     from ctask.nodes.groups import GroupResolverConfig  # on demand: most runs name no group
 
     made = GroupResolverConfig(None if conf is None else [conf])

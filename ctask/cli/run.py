@@ -162,7 +162,7 @@ class _Run:
         return True
 
     def _exit_status(self) -> tuple[int, str]:
-        """Return the exit status, and what is to be said beside it."""
+        """Return the exit status, and the text that stands beside it."""
         if not self._request.max_status:
             return self._worker.exit_code(), ""
         results = [job.result for job in self._worker.jobs]

@@ -117,7 +117,7 @@ class NodeError(CtaskError):
         return result
 
     def settle(self, record: Record) -> NodeResult:
-        """Note what the job has come to; return its result. By whoever made the error."""
+        """Note what the job has come to; return its result. By the maker of the error."""
         self._record, self._result = record, None
         result = record.result(self)
         self._result = weakref.ref(result)
@@ -133,7 +133,7 @@ class NodeError(CtaskError):
         return twin
 
     def again(self) -> NodeError:
-        """Return it as it is to be raised: the traceback, and the frames in it, are then not kept with the job."""
+        """Return a copy for raising: the traceback, and the frames in it, are then not kept with the job."""
         twin = self.copy()
         twin._result = self._result  # noqa: SLF001 (of the same class)
         return twin

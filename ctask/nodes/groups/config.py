@@ -64,7 +64,7 @@ def _folders() -> list[tuple[Path, bool]]:
     """Return the folders of `config_paths`, and whether each is ClusterShell's."""
     environment = os.environ
     home = environment.get("XDG_CONFIG_HOME") or ""
-    if not os.path.isabs(home):  # as its specification has it: a relative one is to be ignored
+    if not os.path.isabs(home):  # as its specification has it: a relative one is ignored
         home = "~/.config"
     folders = [(path, path.name == "clustershell") for path in SYSTEM_FOLDERS]
     folders += [(Path(home, name), name == "clustershell") for name in ("clustershell", "ctask")]
@@ -216,7 +216,7 @@ class _Found:
 
 
 class _Told(list[tuple[int, str]]):
-    """What is to be logged once no lock is held."""
+    """Log messages, kept until no lock is held."""
 
     def info(self, text: str) -> None:
         self.append((logging.INFO, printable(text)))
@@ -438,4 +438,4 @@ def _files(folder: Path, pattern: str, *, told: _Told, like: str = "") -> Iterat
             told.warning(f"{path} is left out: only {pattern} are read")
         yield from (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
     elif folder.exists():
-        raise GroupResolverConfigError(f"{folder} is to be a folder of group sources, and is none", str(folder))
+        raise GroupResolverConfigError(f"{folder} has to be a folder of group sources, and is none", str(folder))

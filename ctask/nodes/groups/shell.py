@@ -249,7 +249,7 @@ class _Child:
         return self._reaped
 
     def _told_otherwise(self) -> int | None:
-        """Return the status of a child that somebody else has reaped, or the kernel; None where it is not known."""
+        """Return the status of a child that other code, or the kernel, has reaped; None where it is not known."""
         status = children.exit_status(self._pidfd)
         if status is not None and self._kept is None:
             return os.waitstatus_to_exitcode(status)

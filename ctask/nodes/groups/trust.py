@@ -3,7 +3,7 @@
 
 As `ssh` with its configuration: a file has to belong to root or to the account that runs this process, and others may
 not write to it. The folders that lead to it are looked at as well, as `sshd` does for authorized_keys: commands run in
-the folder of their file, and whoever may write to a folder may put another one in its place.
+the folder of their file, and an account that may write to a folder may put another file in its place.
 
 Runs in any thread that reads configuration; no state. The file is opened first and judged by its descriptor, so what
 is judged is what is read.

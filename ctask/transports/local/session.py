@@ -41,7 +41,7 @@ REST = 1 << 20
 #: its start or after the end of its output.
 _LOOK = 0.05
 _LOOK_SOON = 0.002
-#: Where no process is to be had: how often a start is tried at once, and seconds between two tries.
+#: Where no process can be had: how often a start is tried at once, and seconds between two tries.
 _STARTS, _AGAIN = 5, 0.05
 
 #: Those of this process that were begun and have not ended, or have a child that runs on. Each adds itself in the
@@ -372,7 +372,7 @@ class LocalSession:
         self._delay = min(self._delay * 2, _LOOK)
 
     def _lose(self, cause: ChildProcessError) -> None:
-        """The process was reaped by somebody else, or by the kernel: how it ended will never be known."""
+        """The process was reaped by other code, or by the kernel: how it ended will never be known."""
         self._reaped()
         if self._ended:
             return

@@ -476,7 +476,7 @@ class _Words:
 
 
 class _Script(SshSession):
-    """The session of a script. It goes on until it is done, whoever has stopped to listen.
+    """The session of a script. It goes on until it is done, also when its listeners have gone.
 
     Args:
         targets: what it is to end; nothing: it only looks whether anything is left of commands that have ended.

@@ -258,7 +258,7 @@ class Dial:
             if self._stage not in (_Stage.TCP, _Stage.BANNER) or self._sock is None:
                 return
             self._stage = _Stage.HELD
-            # With a reset: what is left of it in the other kernel is not to become a connection that nobody has.
+            # With a reset: what is left of it in the other kernel must not become a connection without an owner.
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._shut()
 
