@@ -33,7 +33,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 #: Files that are longer, until their rooms are divided.
 LIMITS = {
-    "ctask/transports/ssh/channel.py": 520,
+    "ctask/transports/ssh/channel.py": 545,
     "ctask/transports/local/processes.py": 520,
     "ctask/transports/ssh/ending.py": 620,
     "ctask/transports/ssh/transport.py": 610,

@@ -52,6 +52,8 @@ WIDEST = 2 * 1024 * 1024
 _TERMINAL_END = b"\4\4"
 #: Bytes of standard input in a packet; the rest of 32 KiB is for its header.
 _INPUT = messages.PACKET - 64
+#: Bytes that a node has to take in a packet. RFC 4253 6.1 has 32,768; each packet costs us the same, however small.
+_LEAST = 256
 _MOST_ROOM = 0xFFFF_FFFF
 
 
@@ -293,12 +295,14 @@ class SshSession(OwnChannel):
 
     def confirmed(self, remote: int, window: int, packet: int) -> None:
         """The node opened the session: send the command, unless it was given up."""
-        if self._remote >= 0 or not packet:
-            raise SSHException("a session was confirmed twice, or with packets of no size")
+        self._look_new()
+        if packet < _LEAST:
+            raise SSHException(f"the node takes packets of at most {packet} bytes, which is less than {_LEAST}")
         self._packet = min(packet, _INPUT)
         with self._guard:
             self._remote = remote
-            self._room = window
+            # In a re-key the confirmation waits, and what widens the window does not.
+            self._room = min(self._room + window, _MOST_ROOM)
             dropped = self._dropped
         if dropped or not self._command.pty:
             self._send_command()
@@ -330,8 +334,13 @@ class SshSession(OwnChannel):
 
     def refused(self, code: int, text: bytes) -> None:
         """The node did not open the session."""
+        self._look_new()
         self._end(mapping.open_refused(code, text))
         self._mark()
+
+    def _look_new(self) -> None:
+        if self._remote >= 0 or self._over:
+            raise SSHException("the node answered twice to the opening of a session")
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -468,7 +477,12 @@ class SshSession(OwnChannel):
             self._ended_with(None, name)
         if wanted:
             # sshd's ClientAliveInterval asks this way, and hangs up on one who never answers.
-            self._link.send(self, messages.failure(self._remote))
+            self._link.when_clear(self._say_no)
+
+    def _say_no(self) -> None:
+        if self._remote < 0:
+            raise SSHException("the node sent a request of a session that is not open")
+        self._link.send(self, messages.failure(self._remote))
 
     def _ended_with(self, status: int | None, signal: str | None) -> None:
         if self._exited or self._over or self.close_sent:
@@ -485,11 +499,11 @@ class SshSession(OwnChannel):
         self._complete = True  # and no more: output that ended is no command that ended
 
     def _closed_there(self, _: bytes) -> None:
-        if self._remote < 0:
-            raise SSHException("a session was closed before it was opened")
         self._link.when_clear(self._closed)
 
     def _closed(self) -> None:
+        if self._remote < 0:
+            raise SSHException("a session was closed before it was opened")
         self._complete = True
         # Where we closed it first, nothing is missing.
         error = None if self.close_sent else mapping.no_exit_status()

@@ -115,9 +115,10 @@ class WirePacketizer(Packetizer):  # type: ignore[misc]  # paramiko has no types
         self.sequence = self.sequence + 1 & 0xFFFF_FFFF
         if self._allowed:
             self._count_handshake()
-        payload = plain[1 : len(plain) - plain[0]] if plain else b""
-        if not payload:
+        end = len(plain) - plain[0] if plain else 0
+        if end < 2:
             raise SSHException("a packet without a payload")
+        payload = plain[1:end]
         self._bytes += len(plain) + 20
         self._packets += 1
         if self._bytes >= self.REKEY_BYTES or self._packets >= self.REKEY_PACKETS:

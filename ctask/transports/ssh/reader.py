@@ -116,7 +116,7 @@ class Reader:
         self._calls.append(what)
         try:
             os.eventfd_write(self._wake, 1)
-        except OSError:
+        except (OSError, ValueError):
             pass  # it is closed: so are the connections
 
     def _watch(self, fd: int, events: int) -> None:
@@ -126,9 +126,12 @@ class Reader:
             pass  # it is not registered any more: its end is on its way
 
     def ready(self) -> set[int]:
-        """Return the descriptors of which there is something to take. The reader's thread."""
+        """Return the descriptors of which there is, or may be, something to take. The reader's thread."""
         seen = self._epoll.poll(0, len(self._links) + 2)
-        return {fd for fd, events in seen if fd != self._wake and events & ~select.EPOLLOUT} | set(self._behind)
+        ready = {fd for fd, events in seen if fd != self._wake and events & ~select.EPOLLOUT}
+        for fd in ready & self._paused:
+            self._watch(fd, select.EPOLLONESHOT)  # the end of one that is paused is reported once, and not to this
+        return ready | self._behind.keys() | self._paused
 
     def remove(self, fd: int) -> None:
         """Look no more, since the descriptor is about to be closed. The reader's thread."""
@@ -154,7 +157,8 @@ class Reader:
         """Close the descriptors; the thread has ended, or is none of this process (after a fork)."""
         self._closed = True
         self._epoll.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # a late `call` is not to write to the number's next owner
+        os.close(wake)
 
     def _run(self) -> None:
         try:

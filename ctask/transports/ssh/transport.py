@@ -90,7 +90,7 @@ class OwnChannel(abc.ABC):
 
     @abc.abstractmethod
     def refused(self, code: int, text: bytes) -> None:
-        """The node did not open it. Connection's thread."""
+        """The node did not open it. Connection's thread; no re-key is under way."""
 
     @abc.abstractmethod
     def lost(self) -> None:
@@ -569,7 +569,7 @@ class Link(Exchange):
         fields.skip_string()  # its language
         channel = self._channels.get(number)
         if channel is not None:
-            channel.refused(code, text[:200])
+            self.when_clear(partial(channel.refused, code, text[:200]))
         else:
             self._on_channel(payload)
 
