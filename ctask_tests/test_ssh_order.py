@@ -15,13 +15,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from paramiko.kex_group14 import KexGroup14SHA256
 from paramiko.ssh_exception import SSHException
 
-from ctask.options import Command
+from ctask.options import GROUP_EXCHANGE, Command
 from ctask.transports.ssh import messages
 from ctask.transports.ssh.channel import SshSession
 from ctask.transports.ssh.exchange import ALLOWED
-from ctask.transports.ssh.packets import WirePacketizer
+from ctask.transports.ssh.fields import Fields
+from ctask.transports.ssh.keyexchange import METHODS, verified_key
+from ctask.transports.ssh.packets import _KINDS as KINDS
+from ctask.transports.ssh.packets import WirePacketizer, differences
 from ctask.transports.ssh.reader import Reader
 from ctask.transports.ssh.settling import Settling
 from ctask.transports.ssh.transport import Link
@@ -183,6 +187,43 @@ def test_a_packet_with_more_padding_than_it_has_is_refused() -> None:
             packetizer.next_payload()
     ours.close()
     theirs.close()
+
+
+# -- key exchange: what is refused is told as what it is -------------------------------------------------------------
+
+PRIME = KexGroup14SHA256.P
+
+
+@pytest.mark.parametrize(
+    ("modulus", "generator", "why"),
+    [
+        (1 << 8191 | 1, 2, "of 8192 bits; ctask takes 2048 to 4096"),
+        (1 << 2999, 2, "keeps no secret"),
+        (PRIME, 0, "keeps no secret"),
+        (PRIME, 1, "keeps no secret"),
+        (PRIME, PRIME - 1, "keeps no secret"),
+    ],
+)
+def test_a_group_that_is_none_is_refused(modulus: int, generator: int, why: str) -> None:
+    exchange = METHODS[GROUP_EXCHANGE](None)
+    with pytest.raises(SSHException, match=why):
+        exchange.parse_next(31, Fields(b"\x1f" + messages.mpint(modulus) + messages.mpint(generator), "a group"))
+
+
+@pytest.mark.parametrize(
+    ("bits", "exponent", "why"), [(512, 3, "has 512 bits; ctask takes"), (2048, 1 << 64, "above 64")]
+)
+def test_an_rsa_host_key_that_is_not_taken_is_told_by_what_is_wrong(bits: int, exponent: int, why: str) -> None:
+    key = messages.string(b"ssh-rsa") + messages.mpint(exponent) + messages.mpint(1 << bits - 1 | 1)
+    with pytest.raises(SSHException, match=why):
+        verified_key("rsa-sha2-512", key, b"", b"")
+
+
+def test_a_server_that_offers_nothing_is_told_so() -> None:
+    theirs = dict.fromkeys(KINDS, ())
+    assert differences(dict.fromkeys(KINDS, ("x",)), theirs).startswith(
+        "no common key exchange algorithm: the server has nothing; ctask has x"
+    )
 
 
 # -- the reader ------------------------------------------------------------------------------------------------------

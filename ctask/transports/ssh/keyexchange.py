@@ -132,8 +132,10 @@ class _GroupExchange(_DiffieHellman):
     def _take_group(self, m: Fields) -> None:
         self._p, self._g = m.number(), m.number()
         bits = self._p.bit_length()
-        if not _FEWEST <= bits <= _MOST or not self._p % 2 or not 1 < self._g < self._p - 1:
+        if not _FEWEST <= bits <= _MOST:
             raise SSHException(f"the server chose a group of {bits} bits; ctask takes {_FEWEST} to {_MOST}")
+        if not self._p % 2 or not 1 < self._g < self._p - 1:
+            raise SSHException("the server chose a group that keeps no secret (an even modulus, or its generator)")
         self._secret = secrets.randbits(_SECRET) | 1 << _SECRET - 1
         self._public = pow(self._g, self._secret, self._p)
         self.transport._send_message(Packet(bytes((_GROUP_INIT,)) + mpint(self._public)))
@@ -183,6 +185,14 @@ if not KexMLKEM768X25519.is_available():
 OFFERED = tuple(name for name in KEX_ALGORITHMS if name in METHODS)
 
 
+def _check_rsa(exponent: int, modulus: int) -> None:
+    bits, (fewest, most) = modulus.bit_length(), _RSA
+    if not fewest <= bits <= most:
+        raise SSHException(f"the server's RSA host key has {bits} bits; ctask takes {fewest} to {most}")
+    if exponent.bit_length() > 64:
+        raise SSHException(f"the exponent of the server's RSA host key has {exponent.bit_length()} bits, above 64")
+
+
 def verified_key(algorithm: str, blob: bytes, signature: bytes, data: bytes) -> paramiko.PKey:
     """Return the host key in `blob` whose `signature` of `data` holds.
 
@@ -200,9 +210,7 @@ def verified_key(algorithm: str, blob: bytes, signature: bytes, data: bytes) -> 
     if fields.string() != key_type.encode():
         raise SSHException(f"the server has another type of host key than the agreed {algorithm}")
     if key_type == "ssh-rsa":
-        exponent, modulus = fields.number(), fields.number()
-        if not _RSA[0] <= modulus.bit_length() <= _RSA[1] or exponent.bit_length() > 64:
-            raise SSHException(f"the server's RSA host key has {modulus.bit_length()} bits, which is not taken")
+        _check_rsa(fields.number(), fields.number())
     else:
         fields.string()
         if key_type.startswith("ecdsa-"):

@@ -297,6 +297,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
             for lists in (ours, theirs)
         )
         if not set(mine) & set(other):
-            offers = quoted(", ".join(other), 400)[1:-1]
+            offers = quoted(", ".join(other), 400)[1:-1] or "nothing"
             return f"no common {kind}: the server has {offers}; ctask has {', '.join(mine)}"
     return ""
