@@ -32,6 +32,7 @@ from ctask.transports.ssh.transport import Link
 from ctask.transports.ssh.wire import Wire
 from ctask_tests.fix_hostile import Close, Eof, HostileFactory, Out, Raw, Script, Status
 from ctask_tests.fix_leaks import wait_until
+from ctask_tests.fix_sshd import SshdFactory
 from ctask_tests.ssh_sink import RecordingSink, connected, run, target_for
 
 FIRST = messages.u32(0)
@@ -224,6 +225,17 @@ def test_a_server_that_offers_nothing_is_told_so() -> None:
     assert differences(dict.fromkeys(KINDS, ("x",)), theirs).startswith(
         "no common key exchange algorithm: the server has nothing; ctask has x"
     )
+
+
+@pytest.mark.parametrize("limit", ["16K", "64K", "1M"])
+def test_a_busy_connection_of_a_server_that_changes_keys_often_does_not_stand_still(
+    sshd_factory: SshdFactory, limit: str
+) -> None:
+    server = sshd_factory(f"RekeyLimit {limit}")
+    with connected(target_for(server.options(), server.address(1))) as connection:
+        connection.prepare(Command(line=b"head -c 1500000 /dev/zero; exit 3"), sink := RecordingSink()).start()
+        assert (sink.wait(8).status, sink.size) == (3, 1_500_000)
+        assert run(connection, b"exit 4").status == 4
 
 
 # -- the reader ------------------------------------------------------------------------------------------------------

@@ -62,10 +62,11 @@ _TURN = 0.002
 _LOOK = 16
 #: What a message that is parked during a re-key counts beside its bytes.
 _PARKED = 256
-#: A node gets new keys when it asks for them so many seconds after the last ones, or so many bytes; beyond some that
-#: it has ahead (sshd asks twice in a row now and then), it waits.
+#: A node earns new keys by so many seconds, and by so many bytes that came and went; it may have some ahead, and waits
+#: where it has none. (sshd asks twice for each RekeyLimit, which may be as little as 16K; a busy connection is not to
+#: stand still for that. `rekey` bounds what all of them cost.)
 _REKEY_SECONDS = 10.0
-_REKEY_BYTES = 64 * 1024
+_REKEY_BYTES = 4 * 1024
 _REKEYS_AHEAD = 8
 
 
@@ -421,13 +422,13 @@ class Link(Exchange):
     def _on_kexinit(self, payload: bytes) -> None:
         if self._reader is not None and self.local_kex_init is None:
             early = self._keys_at + _REKEY_SECONDS - time.monotonic()
-            if early <= 0 or self.packetizer.moved >= _REKEY_BYTES:
-                self._rekeys_ahead = min(self._rekeys_ahead + 1, _REKEYS_AHEAD)
-            elif self._rekeys_ahead:
-                self._rekeys_ahead -= 1
-            else:
+            # The request itself earns nothing.
+            earned = (self.packetizer.moved - len(payload)) // _REKEY_BYTES + (2 if early <= 0 else 0)
+            self._rekeys_ahead = min(self._rekeys_ahead + max(0, earned), _REKEYS_AHEAD)
+            if not self._rekeys_ahead:
                 self._hold(payload, early)
                 return
+            self._rekeys_ahead -= 1
         super()._on_kexinit(payload)
 
     def _hold(self, payload: bytes, seconds: float) -> None:
