@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -236,6 +237,16 @@ def test_a_busy_connection_of_a_server_that_changes_keys_often_does_not_stand_st
         connection.prepare(Command(line=b"head -c 1500000 /dev/zero; exit 3"), sink := RecordingSink()).start()
         assert (sink.wait(8).status, sink.size) == (3, 1_500_000)
         assert run(connection, b"exit 4").status == 4
+
+
+@pytest.mark.slow
+def test_a_server_that_changes_keys_by_the_clock_is_heard_in_time(sshd_factory: SshdFactory) -> None:
+    server = sshd_factory("RekeyLimit default 1")
+    with connected(target_for(server.options(), server.address(1))) as connection:
+        started = time.monotonic()
+        line = b"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do echo $i; sleep 0.5; done; exit 3"
+        assert run(connection, line).status == 3
+        assert time.monotonic() - started < 9.5
 
 
 # -- the reader ------------------------------------------------------------------------------------------------------

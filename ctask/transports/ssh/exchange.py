@@ -333,7 +333,7 @@ class Exchange(paramiko.Transport):  # type: ignore[misc]  # paramiko has no typ
         fields = Fields(payload, "a list of extensions")
         count = fields.u32()
         if count > _EXTENSIONS:
-            raise TooMuch(f"{count} extensions")
+            raise TooMuch(f"the node sent a list of {count} extensions")
         self.server_extensions = {fields.string().decode("ascii", "replace"): fields.string() for _ in range(count)}
 
     def _on_login(self, payload: bytes) -> None:

@@ -63,9 +63,9 @@ _LOOK = 16
 #: What a message that is parked during a re-key counts beside its bytes.
 _PARKED = 256
 #: A node earns new keys by so many seconds, and by so many bytes that came and went; it may have some ahead, and waits
-#: where it has none. (sshd asks twice for each RekeyLimit, which may be as little as 16K; a busy connection is not to
-#: stand still for that. `rekey` bounds what all of them cost.)
-_REKEY_SECONDS = 10.0
+#: where it has none. (sshd asks twice for each RekeyLimit, which may be as little as 16K or a second; a connection is
+#: not to stand still for that, nor for as long as an answer is waited for. `rekey` bounds what all of them cost.)
+_REKEY_SECONDS = 2.0
 _REKEY_BYTES = 4 * 1024
 _REKEYS_AHEAD = 8
 
