@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,8 +21,9 @@ from paramiko.ssh_exception import SSHException
 
 from ctask.options import GROUP_EXCHANGE, Command
 from ctask.transports.ssh import messages
+from ctask.transports.ssh.alive import ANSWER
 from ctask.transports.ssh.channel import SshSession
-from ctask.transports.ssh.exchange import ALLOWED
+from ctask.transports.ssh.exchange import ALLOWED, Exchange
 from ctask.transports.ssh.fields import Fields
 from ctask.transports.ssh.keyexchange import METHODS, verified_key
 from ctask.transports.ssh.packets import _KINDS as KINDS
@@ -239,14 +240,28 @@ def test_a_busy_connection_of_a_server_that_changes_keys_often_does_not_stand_st
         assert run(connection, b"exit 4").status == 4
 
 
-@pytest.mark.slow
-def test_a_server_that_changes_keys_by_the_clock_is_heard_in_time(sshd_factory: SshdFactory) -> None:
-    server = sshd_factory("RekeyLimit default 1")
-    with connected(target_for(server.options(), server.address(1))) as connection:
-        started = time.monotonic()
-        line = b"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do echo $i; sleep 0.5; done; exit 3"
-        assert run(connection, line).status == 3
-        assert time.monotonic() - started < 9.5
+def test_new_keys_are_earned_by_time_and_by_bytes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bytes] = []
+    held: list[float] = []
+    monkeypatch.setattr(Exchange, "_on_kexinit", lambda self, payload: given.append(payload))
+    monkeypatch.setattr(lab.link, "_hold", lambda payload, seconds: held.append(seconds))
+    monkeypatch.setattr(lab.link, "_reader", object())
+    clock = [1000.0]
+    monkeypatch.setattr(sys.modules[Link.__module__], "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ask(*, bytes_moved: int = 0, seconds: float = 0.0) -> tuple[int, int]:
+        lab.link._keys_at, lab.link.packetizer._bytes = clock[0], 1000 + bytes_moved
+        clock[0] += seconds
+        given.clear()
+        held.clear()
+        lab.link._on_kexinit(bytes(1000))  # which came as well, and earns nothing
+        return len(given), len(held)
+
+    assert [ask() for _ in range(10)] == [(1, 0)] * 8 + [(0, 1)] * 2
+    assert held[0] < ANSWER + 0.1, "a question that waits behind it is answered in time"
+    assert [ask(seconds=2.0), ask(), ask()] == [(1, 0), (1, 0), (0, 1)]
+    assert [ask(bytes_moved=8192), ask(), ask()] == [(1, 0), (1, 0), (0, 1)]
+    assert ask(bytes_moved=4000) == (0, 1)
 
 
 # -- the reader ------------------------------------------------------------------------------------------------------
