@@ -100,7 +100,7 @@ class Fields:
     def end(self) -> None:
         """Refuse a message that has more than its fields."""
         if self._at != len(self._data):
-            raise self.malformed(f"it has {len(self._data) - self._at} bytes too many")
+            raise self.malformed(f"it has bytes behind its last field: {len(self._data) - self._at}")
 
     def malformed(self, why: str) -> Malformed:
         """Return the error for this message."""
