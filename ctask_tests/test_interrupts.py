@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class Interrupter:
         sys.settrace(self._before)
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        return self._line if frame.f_code.co_filename in FILES else None
+        return self._line if frame.f_code.co_filename in FILES and not is_destroying(frame) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
         if event == "line" and not is_before(frame):
@@ -65,6 +66,15 @@ class Interrupter:
                     self.hit = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
                     raise KeyboardInterrupt
         return self._line
+
+
+def is_destroying(frame: FrameType | None) -> bool:
+    """Whether this is a finalizer's work: what that raises reaches no caller, and the interpreter prints it."""
+    while frame is not None:
+        if frame.f_code is weakref.finalize.__call__.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_before(frame: FrameType) -> bool:
