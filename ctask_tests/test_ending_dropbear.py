@@ -115,7 +115,8 @@ def test_a_command_with_a_terminal_leads_a_session_and_is_ended_beside_others(co
 
 
 def test_what_left_on_purpose_stays(plain: SshConnection) -> None:
-    line = "setsid sh -c 'echo $$; exec sleep 60' & sleep 0.1; echo $$; sleep 60"
+    pipe = "f=$(mktemp -u) && mkfifo $f"
+    line = f"{pipe}; setsid sh -c 'echo $$ >$0; exec sleep 60' $f & read p <$f; rm $f; echo $p; echo $$; sleep 60"
     command = Running(plain, line, pids=2)
     daemon, shell = command.pids
     assert end(plain, command).state == "gone"
