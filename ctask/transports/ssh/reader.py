@@ -75,11 +75,6 @@ class Reader:
             self.abandon()
             raise
 
-    @property
-    def ident(self) -> int | None:
-        """Identifier of the thread."""
-        return self._thread.ident
-
     def add(self, fd: int, link: Readable) -> None:
         """Look after a connection from now on. Any thread: the one that had it until now."""
         link.adopted(self)

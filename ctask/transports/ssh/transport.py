@@ -18,7 +18,6 @@ import abc
 import contextlib
 import itertools
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -104,7 +103,6 @@ class Link(Exchange):
     Attributes:
         dead: the connection is gone; set under `lock`, once, by its own thread.
         over: everybody has been told, and the descriptor is closed.
-        driver: identifier of the thread that reads.
         closed_here: it was ended by `close`.
         verdict: why it was ended by `give_up`.
         doubt: it rested for so long that it is asked before it is used; set by the pool, settled by who starts on it.
@@ -125,7 +123,6 @@ class Link(Exchange):
         self.name = name
         self.dead = False
         self.over = False
-        self.driver = threading.get_ident()
         self.closed_here = False
         self.doubt: Doubt | None = None
         self.verdict: Exception | None = None
@@ -191,7 +188,6 @@ class Link(Exchange):
     def adopted(self, reader: Reader) -> None:
         """See `Readable`."""
         self._reader = reader
-        self.driver = reader.ident or 0
 
     # --- sending
 
